@@ -1,0 +1,49 @@
+"""What every attack does with its arguments: row keys, callables as pytrees, and the checks at the boundary."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from jaxnets.types import Array
+
+
+def row_keys(key: Array, rows: int) -> Array:
+    """One key a row, which depends on the row's place alone and not on how many rows there are.
+
+    ``key`` is one key, or one key a row already (``[B]``), by which a row keeps its key in whatever batch it comes.
+
+    Raises:
+      ValueError: for an array of keys whose length is not ``rows``.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
+    if key.shape != (rows,):
+        raise ValueError(f"key must be one key or one for each of the {rows} rows, got shape {key.shape}")
+    return key
+
+
+def as_pytree(function: Callable[..., Any]) -> Partial:
+    """A callable that jitted functions take as an argument: new arrays inside it do not mean a new trace."""
+    return function if isinstance(function, Partial) else Partial(function)
+
+
+def check_rows(x: Array, target: Array) -> None:
+    """Raises ValueError unless ``x`` is a float batch ``[B, ...]`` and ``target`` has ``B`` rows."""
+    if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be a float array of rows [B, ...], got {x.dtype}{list(x.shape)}")
+    if target.ndim not in (1, 2) or len(target) != len(x):
+        raise ValueError(
+            f"target must be [B] or [B, K] with B = {len(x)} rows as x has, got shape {list(target.shape)}"
+        )
+
+
+def checked_logits(logits: Array, x: Array) -> Array:
+    """The logits in at least single precision. Raises ValueError unless they are ``[B, K]``."""
+    if logits.ndim != 2 or len(logits) != len(x):
+        raise ValueError(f"logits_fn must return [B, K] with B = {len(x)} rows as x has, got {list(logits.shape)}")
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -1,0 +1,154 @@
+"""Losses of one example or many: never reduced over the batch, and higher is worse for the model.
+
+Every loss is ``(logits[..., K], target) -> [...]``. Integer targets ``[...]`` name a class; `cross_entropy` also takes
+a distribution ``[..., K]`` (mixed or smoothed labels) and `kl` takes the logits of another prediction.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxnets.types import Array, Loss
+
+
+def cross_entropy(logits: Array, target: Array) -> Array:
+    """Negative log-likelihood: ``-log softmax(z)_y``, or ``-sum_k p_k log softmax(z)_k``.
+
+    Args:
+      logits: ``[..., K]``.
+      target: integer classes ``[...]`` or probabilities ``[..., K]``.
+
+    >>> print(cross_entropy(jnp.array([0.0, 0.0]), jnp.array(1)))
+    0.6931472
+    """
+    log_p = jax.nn.log_softmax(logits)
+    if _is_classes(logits, target):
+        return -_pick(log_p, target)
+    return -jnp.sum(target * log_p, axis=-1)
+
+
+def margin(logits: Array, target: Array) -> Array:
+    """How far the best wrong class is ahead: ``max_{k != y} z_k - z_y``, positive if and only if the row is misclassified.
+
+    Args:
+      logits: ``[..., K]``, ``K >= 2``.
+      target: integer classes ``[...]``.
+
+    Raises:
+      ValueError: for fewer than 2 classes.
+
+    Carlini and Wagner 2017, https://arxiv.org/abs/1608.04644 (their f6 without the floor).
+
+    >>> print(margin(jnp.array([-3.0, -1.0, -2.0]), jnp.array(1)))
+    -1.0
+    """
+    _check_classes(logits, target, at_least=2, name="margin")
+    return _best_other(logits, target) - _pick(logits, target)
+
+
+def dlr(logits: Array, target: Array) -> Array:
+    """Difference of logits ratio: ``(max_{k != y} z_k - z_y) / (z_(1) - z_(3))``, sorted in falling order.
+
+    It does not change when the logits are scaled or shifted, so it does not saturate as cross-entropy does.
+    Where the three largest logits are equal the ratio is undefined and the difference itself is returned.
+
+    Args:
+      logits: ``[..., K]``, ``K >= 3``.
+      target: integer classes ``[...]``.
+
+    Raises:
+      ValueError: for fewer than 3 classes.
+
+    Croce and Hein 2020, https://arxiv.org/abs/2003.01690, equation 6.
+
+    >>> print(dlr(jnp.array([4.0, 3.0, 2.0]), jnp.array(0)))
+    -0.5
+    """
+    _check_classes(logits, target, at_least=3, name="dlr")
+    top = jax.lax.top_k(logits, 3)[0]
+    gap = top[..., 0] - top[..., 2]
+    return margin(logits, target) / jnp.where(gap > 0, gap, 1)
+
+
+def kl(logits: Array, target: Array) -> Array:
+    """Kullback-Leibler divergence from a reference prediction: ``sum_k p_k (log p_k - log q_k)``.
+
+    Here ``p = softmax(target)`` and ``q = softmax(logits)``; gradients flow through both. At ``logits == target`` the
+    gradient is exactly zero: an attack on this loss must start elsewhere.
+
+    Args:
+      logits: ``[..., K]``.
+      target: logits of the reference prediction, ``[..., K]``.
+
+    Raises:
+      ValueError: where the shapes differ.
+
+    Zhang et al. 2019, https://arxiv.org/abs/1901.08573.
+
+    >>> print(kl(jnp.array([1.0, 2.0]), jnp.array([1.0, 2.0])))
+    0.0
+    """
+    if logits.shape != target.shape:
+        raise ValueError(f"kl compares two arrays of logits: got shapes {logits.shape} and {target.shape}")
+    log_p, log_q = jax.nn.log_softmax(target), jax.nn.log_softmax(logits)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+@dataclass(frozen=True)
+class Targeted:
+    """The negative of a loss: raising it pulls the prediction towards ``target``. Made by `targeted`."""
+
+    loss: Loss
+
+    def __call__(self, logits: Array, target: Array) -> Array:
+        return -self.loss(logits, target)
+
+
+def targeted(loss: Loss) -> Loss:
+    """The loss of a targeted attack: ``-loss``, with ``target`` the class that the attacker wants.
+
+    Equal losses give equal results, so a jitted attack is not traced again.
+
+    >>> print(targeted(margin)(jnp.array([0.0, 2.0]), jnp.array(1)))
+    2.0
+    """
+    return Targeted(loss)
+
+
+def succeeded(loss: Loss, logits: Array, target: Array) -> Array:
+    """Whether an attack on ``loss`` has reached its goal: bool ``[...]``.
+
+    Untargeted: the prediction is not ``target``; targeted: it is. Distributions and logits as ``target`` stand for their
+    largest class.
+    """
+    classes = target if _is_classes(logits, target) else jnp.argmax(target, axis=-1)
+    reached = jnp.argmax(logits, axis=-1) == classes
+    return reached if isinstance(loss, Targeted) else ~reached
+
+
+def _is_classes(logits: Array, target: Array) -> bool:
+    if jnp.issubdtype(target.dtype, jnp.integer) and target.shape == logits.shape[:-1]:
+        return True
+    if jnp.issubdtype(target.dtype, jnp.floating) and target.shape == logits.shape:
+        return False
+    raise ValueError(
+        f"target must be integer classes of shape {logits.shape[:-1]} or floats of shape {logits.shape}, "
+        f"got {target.dtype}{target.shape}"
+    )
+
+
+def _check_classes(logits: Array, target: Array, *, at_least: int, name: str) -> None:
+    if not _is_classes(logits, target):
+        raise ValueError(f"{name} needs integer classes as target, got {target.dtype}{target.shape}")
+    if logits.shape[-1] < at_least:
+        raise ValueError(f"{name} needs at least {at_least} classes, got logits of shape {logits.shape}")
+
+
+def _pick(values: Array, classes: Array) -> Array:
+    return jnp.take_along_axis(values, classes[..., None], axis=-1)[..., 0]
+
+
+def _best_other(logits: Array, classes: Array) -> Array:
+    is_class = jnp.arange(logits.shape[-1]) == classes[..., None]
+    return jnp.max(jnp.where(is_class, -jnp.inf, logits), axis=-1)

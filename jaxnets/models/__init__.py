@@ -1,0 +1,8 @@
+"""Networks: one architecture a file, from shared layers. Images are ``[B, H, W, C]`` in data space."""
+
+from jaxnets.models.lenet import LeNet5
+from jaxnets.models.madry_cnn import MadryCNN
+from jaxnets.models.mlp import MLP
+from jaxnets.models.small_cnn import SmallCNN
+
+__all__ = ["MLP", "LeNet5", "MadryCNN", "SmallCNN"]

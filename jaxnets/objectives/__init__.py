@@ -1,0 +1,6 @@
+"""Objectives: what training lowers, ``(params, stats, batch, key) -> (scalar, (stats, metrics))``."""
+
+from jaxnets.objectives.adversarial import adversarial
+from jaxnets.objectives.standard import standard
+
+__all__ = ["adversarial", "standard"]

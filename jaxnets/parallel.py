@@ -1,0 +1,35 @@
+"""Data parallelism by sharding: rows over all devices, everything else on each. One device is the special case."""
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of one axis, ``data``, over the given devices or all."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """Rows are split over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_divisible(batch_size: int, mesh: Mesh) -> None:
+    """Raises ValueError unless every device gets the same number of rows."""
+    if batch_size % mesh.size:
+        raise ValueError(
+            f"batch size {batch_size} does not divide over {mesh.size} devices: take a multiple of {mesh.size}"
+        )
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A copy of ``tree`` on every device of the mesh."""
+    return jax.device_put(tree, replicated(mesh))

@@ -1,0 +1,230 @@
+"""Threats: what an attacker may do to one example, a norm ball around it inside the box of valid data.
+
+A threat works on one example of any shape; `each_row` lifts its verbs to a batch. ``epsilon`` is a pytree leaf in the
+units of the data, so one compiled program serves every epsilon, and `jax.vmap` over a threat sweeps it; the box is
+static.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxnets.types import Array
+
+
+class Threat(Protocol):
+    """The verbs that an attack uses. ``x``, ``z``, ``gradient`` and ``delta`` have the shape of one example.
+
+    Attributes:
+      epsilon: radius of the ball, in the units of the data; a leaf.
+      lower, upper: the box of valid data; static.
+    """
+
+    epsilon: Any
+    lower: float
+    upper: float
+
+    def project(self, z: Array, x: Array) -> Array:
+        """The point nearest to ``z`` (Euclidean) in both the ball around ``x`` and the box. ``x`` lies in the box."""
+        ...
+
+    def sample(self, key: Array, x: Array) -> Array:
+        """A point uniform in the ball around ``x``; it may leave the box."""
+        ...
+
+    def direction(self, gradient: Array, x: Array) -> Array:
+        """The direction of size one that raises ``<gradient, direction>`` most at ``x``, without pushing out of the box."""
+        ...
+
+    def size(self, delta: Array) -> Array:
+        """The norm of ``delta``, a scalar."""
+        ...
+
+
+def each_row(verb: Callable[..., Array], threat: Threat, *arguments: Array) -> Array:
+    """Applies ``verb(threat, ...)`` to every row of ``arguments[B, ...]``; ``epsilon`` is a scalar or ``[B]``.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.zeros((2, 3))
+    >>> each_row(Linf.project, Linf(jnp.array([0.1, 0.2])), x + 1, x)[:, 0]
+    Array([0.1, 0.2], dtype=float32)
+    """
+    rows = len(arguments[0])
+    epsilon = jnp.asarray(threat.epsilon)
+    if epsilon.shape not in ((), (rows,)):
+        raise ValueError(f"epsilon must be a scalar or have one entry for each of the {rows} rows, got {epsilon.shape}")
+    return jax.vmap(verb)(replace(threat, epsilon=jnp.broadcast_to(epsilon, (rows,))), *arguments)  # pyright: ignore
+
+
+_static = partial(field, metadata={"static": True})
+
+
+def _threat(cls):
+    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+
+
+@_threat
+class Linf:
+    """Every coordinate may move by at most epsilon: ``max_i |delta_i| <= epsilon``.
+
+    >>> print(Linf(0.1).project(jnp.array([0.5, 0.05]), jnp.array([0.2, 0.0])))
+    [0.3  0.05]
+    """
+
+    epsilon: Any
+    lower: float = _static(default=0.0)
+    upper: float = _static(default=1.0)
+
+    def project(self, z: Array, x: Array) -> Array:
+        return jnp.clip(z, jnp.maximum(x - self.epsilon, self.lower), jnp.minimum(x + self.epsilon, self.upper))
+
+    def sample(self, key: Array, x: Array) -> Array:
+        return x + self.epsilon * jax.random.uniform(key, x.shape, x.dtype, -1.0, 1.0)
+
+    def direction(self, gradient: Array, x: Array) -> Array:
+        return jnp.sign(_inward(gradient, x, self))
+
+    def size(self, delta: Array) -> Array:
+        return jnp.max(jnp.abs(delta))
+
+
+@_threat
+class L2:
+    """The Euclidean length of the perturbation is at most epsilon: ``sqrt(sum_i delta_i^2) <= epsilon``.
+
+    >>> print(L2(1.0, lower=-9, upper=9).project(jnp.array([3.0, 4.0]), jnp.zeros(2)))
+    [0.6 0.8]
+    """
+
+    epsilon: Any
+    lower: float = _static(default=0.0)
+    upper: float = _static(default=1.0)
+
+    def project(self, z: Array, x: Array) -> Array:
+        """``x + clip(s (z - x))`` to the box, with the largest ``s <= 1`` that stays in the ball."""
+        offset, room = z - x, _room(z, x, self)
+        distance = jnp.abs(offset)
+        near = _bisect(lambda s: _length(jnp.minimum(s * distance, room)) <= self.epsilon, jnp.ones((), x.dtype))
+        # With the coordinates that meet the box known, the scale of the others has a closed form.
+        moving = near * distance < room
+        left = self.epsilon**2 - jnp.sum(jnp.where(moving, 0, room**2))
+        total = jnp.sum(jnp.where(moving, distance**2, 0))
+        scale = _root(jnp.maximum(left, 0) / jnp.where(total > 0, total, 1))
+        return _finish(jnp.sign(offset) * jnp.minimum(scale * distance, room), z, x, self)
+
+    def sample(self, key: Array, x: Array) -> Array:
+        """``epsilon u^(1/n) g / |g|`` with ``g`` normal and ``u`` uniform: the radius to the power n is uniform."""
+        direction_key, radius_key = jax.random.split(key)
+        u = jax.random.uniform(radius_key, (), x.dtype)
+        return x + self.epsilon * u ** (1 / x.size) * _unit(jax.random.normal(direction_key, x.shape, x.dtype))
+
+    def direction(self, gradient: Array, x: Array) -> Array:
+        return _unit(_inward(gradient, x, self))
+
+    def size(self, delta: Array) -> Array:
+        return _length(delta)
+
+
+@_threat
+class L1:
+    """The absolute changes sum to at most epsilon: ``sum_i |delta_i| <= epsilon``.
+
+    The steepest step changes one coordinate; ``top`` coordinates with the largest gradients share it where an attack of
+    few steps needs to change many.
+
+    >>> print(L1(1.0, lower=-9, upper=9).project(jnp.array([1.5, 1.0]), jnp.zeros(2)))
+    [0.75 0.25]
+    """
+
+    epsilon: Any
+    lower: float = _static(default=0.0)
+    upper: float = _static(default=1.0)
+    top: int = _static(default=1)
+
+    def project(self, z: Array, x: Array) -> Array:
+        """``x + clip(sign(d) max(|d| - t, 0))`` to the box, ``d = z - x``, with the least ``t >= 0`` that stays in the ball."""
+        offset, room = z - x, _room(z, x, self)
+        distance = jnp.abs(offset)
+        # Searched from above: t = (1 - s) max |d|, so that the largest s is the least threshold.
+        largest = jnp.max(distance)
+        fits = lambda s: jnp.sum(jnp.clip(distance - (largest - s), 0, room)) <= self.epsilon  # noqa: E731
+        near = largest - _bisect(fits, largest)
+        # With the coordinates known that are cut to zero or meet the box, the threshold of the others has a closed form.
+        moving = (distance > near) & (distance - near < room)
+        fixed = jnp.sum(jnp.where((distance > near) & ~moving, room, 0))
+        count = jnp.sum(moving)
+        exact = (jnp.sum(jnp.where(moving, distance, 0)) + fixed - self.epsilon) / jnp.maximum(count, 1)
+        threshold = jnp.where(count > 0, exact, near)
+        return _finish(jnp.sign(offset) * jnp.clip(distance - threshold, 0, room), z, x, self)
+
+    def sample(self, key: Array, x: Array) -> Array:
+        """``epsilon l / (|l|_1 + e)`` with ``l`` Laplace and ``e`` exponential (Barthe et al. 2005)."""
+        offset_key, slack_key = jax.random.split(key)
+        offset = jax.random.laplace(offset_key, x.shape, x.dtype)
+        slack = jax.random.exponential(slack_key, (), x.dtype)
+        return x + self.epsilon * offset / (jnp.sum(jnp.abs(offset)) + slack)
+
+    def direction(self, gradient: Array, x: Array) -> Array:
+        gradient = _inward(gradient, x, self)
+        values, where = jax.lax.top_k(jnp.abs(gradient).ravel(), min(self.top, gradient.size))
+        step = jnp.where(values > 0, 1.0, 0.0).astype(gradient.dtype)
+        chosen = jnp.zeros(gradient.size, gradient.dtype).at[where].set(step / jnp.maximum(jnp.sum(step), 1))
+        return jnp.sign(gradient) * chosen.reshape(gradient.shape)
+
+    def size(self, delta: Array) -> Array:
+        return jnp.sum(jnp.abs(delta))
+
+
+def _room(z: Array, x: Array, threat: Threat) -> Array:
+    """How far each coordinate may go from ``x`` towards ``z`` before it meets the box."""
+    return jnp.maximum(jnp.where(z > x, threat.upper - x, x - threat.lower), 0)
+
+
+def _bisect(fits: Callable[[Array], Array], upper: Array) -> Array:
+    """The largest value in ``[0, upper]`` for which ``fits`` holds, to 2^-30 of ``upper``; ``fits`` is falling."""
+
+    def halve(_, bracket):
+        middle = (bracket[0] + bracket[1]) / 2
+        good = fits(middle)
+        return jnp.where(good, middle, bracket[0]), jnp.where(good, bracket[1], middle)
+
+    bracket = (jnp.zeros_like(upper), upper)
+    return jax.lax.stop_gradient(jax.lax.fori_loop(0, 30, halve, bracket)[0])
+
+
+def _finish(delta: Array, z: Array, x: Array, threat: Threat) -> Array:
+    """``x + delta`` without the rounding error of ``delta``; ``z`` itself, cut to the box, where that lies in the ball."""
+    size = threat.size(delta)
+    delta = delta * jnp.where(size > threat.epsilon, threat.epsilon / jnp.where(size > 0, size, 1), 1)
+    boxed = jnp.clip(z, threat.lower, threat.upper)
+    return jnp.where(threat.size(boxed - x) <= threat.epsilon, boxed, jnp.clip(x + delta, threat.lower, threat.upper))
+
+
+def _inward(gradient: Array, x: Array, threat: Threat) -> Array:
+    """The gradient without the coordinates that lie on the box and would leave it."""
+    leaves = ((x >= threat.upper) & (gradient > 0)) | ((x <= threat.lower) & (gradient < 0))
+    return jnp.where(leaves, 0, gradient)
+
+
+def _root(square: Array) -> Array:
+    """Square root whose gradient at zero is zero."""
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def _length(delta: Array) -> Array:
+    """Euclidean norm at any scale, with gradient zero at zero."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(delta)))
+    scale = jnp.where(largest > 0, largest, 1)
+    return scale * _root(jnp.sum((delta / scale) ** 2))
+
+
+def _unit(gradient: Array) -> Array:
+    """``g / |g|`` at any scale of ``g``, zero where ``g`` is zero: scaled first, a tiny gradient does not underflow."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(gradient)))
+    scaled = gradient / jnp.where(largest > 0, largest, 1)
+    length = _root(jnp.sum(scaled**2))
+    return scaled / jnp.where(length > 0, length, 1)
