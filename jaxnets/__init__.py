@@ -16,7 +16,7 @@ __all__ = [
     "training", "types",
 ]  # fmt: skip
 
-_ON_USE = {"checkpoint", "data", "evaluation", "fit", "plots"}
+_ON_USE = {"checkpoint", "data", "evaluation", "fit", "optimizers", "plots"}
 
 
 def __getattr__(name: str):

@@ -1,0 +1,111 @@
+"""States of a run on disk, whole or not at all: saved by Orbax, each with a digest by which damage is seen."""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxnets.types import Array
+
+_log = logging.getLogger(__name__)
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and every damage that is reported here
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint of a run can be read."""
+
+
+class Checkpoints:
+    """The newest ``keep`` states in ``folder``. A save is atomic: a process killed in the middle leaves the ones before.
+
+    Args:
+      folder: made where it is missing.
+      keep: how many to hold; with two or more a damaged newest one costs only the steps since the one before.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2):
+        self.folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step: int, tree: Any) -> None:
+        """Writes a pytree of arrays and PRNG keys, and returns when it is on disk."""
+        tree = _to_host(tree)
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(tree), digest=ocp.args.JsonSave(_digest(tree)))
+        )
+
+    def restore(self, like: Any) -> Any | None:
+        """The newest state that is whole, with the structure, dtypes and keys of ``like``; None where there is none yet.
+
+        A damaged one is warned of and deleted, and the one before it is taken.
+
+        Raises:
+          CheckpointError: where there are checkpoints and none can be read.
+        """
+        problems = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                tree = _from_host(self._read(step, _to_host(like)), like)
+            except Exception as error:  # Orbax raises many kinds for damaged files; none of them may end the search.
+                problems.append(f"{self.folder / str(step)} ({_first_line(error)})")
+                _log.warning("checkpoint %s is damaged: falling back to the one before", problems[-1])
+                continue
+            self._delete_after(step)
+            return tree
+        if problems:
+            raise CheckpointError(
+                f"no checkpoint can be read: {'; '.join(problems)}. Restore {self.folder}, or delete it to start again"
+            )
+        return None
+
+    def _delete_after(self, step: int) -> None:
+        for later in [other for other in self._manager.all_steps() if other > step]:
+            shutil.rmtree(self.folder / str(later), ignore_errors=True)
+        self._manager.reload()
+
+    def _read(self, step: int, like: Any) -> Any:
+        parts = ocp.args.Composite(state=ocp.args.StandardRestore(like), digest=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=parts)
+        if _digest(restored["state"]) != restored["digest"]:
+            raise ValueError("its contents do not match the digest saved with them")
+        return restored["state"]
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _to_host(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf), tree)
+
+
+def _from_host(tree: Any, like: Any) -> Any:
+    def revive(leaf: np.ndarray, model: Array):
+        return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(model)) if _is_key(model) else leaf
+
+    return jax.tree.map(revive, tree, like)
+
+
+def _digest(tree: Any) -> dict[str, str]:
+    """SHA-256 over the names, dtypes, shapes and bytes of all leaves."""
+    sha = hashlib.sha256()
+    for name, leaf in _named(tree):
+        sha.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+        sha.update(np.ascontiguousarray(leaf).tobytes())
+    return {"sha256": sha.hexdigest()}
+
+
+def _named(tree: Any) -> Iterator[tuple[str, np.ndarray]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path), np.asarray(leaf)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
