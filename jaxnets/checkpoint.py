@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -22,7 +23,7 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The newest ``keep`` states in ``folder``. A save is atomic: a process killed in the middle leaves the ones before.
+    """The newest ``keep`` states in ``folder``. A save is atomic: a process killed in one leaves those before.
 
     Args:
       folder: made where it is missing.
@@ -42,7 +43,7 @@ class Checkpoints:
         )
 
     def restore(self, like: Any) -> Any | None:
-        """The newest state that is whole, with the structure, dtypes and keys of ``like``; None where there is none yet.
+        """The newest state that is whole, with the structure, dtypes and keys of ``like``; None where there is none.
 
         A damaged one is warned of and deleted, and the one before it is taken.
 
@@ -79,7 +80,7 @@ class Checkpoints:
 
 
 def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _to_host(tree: Any) -> Any:
@@ -88,7 +89,7 @@ def _to_host(tree: Any) -> Any:
 
 def _from_host(tree: Any, like: Any) -> Any:
     def revive(leaf: np.ndarray, model: Array):
-        return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(model)) if _is_key(model) else leaf
+        return jax.random.wrap_key_data(jnp.asarray(leaf), impl=jax.random.key_impl(model)) if _is_key(model) else leaf
 
     return jax.tree.map(revive, tree, like)
 

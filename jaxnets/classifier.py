@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 from jax.tree_util import Partial
 
 from jaxnets.types import Array, Params, Stats

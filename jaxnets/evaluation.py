@@ -34,7 +34,7 @@ class Report(NamedTuple):
 
     Attributes:
       survived: by name, ``clean`` first, whether each row is classified correctly: bool ``[N]``.
-      examples: by attack, the adversarial examples ``[N, ...]``; rows that are wrong without an attack stay as they are.
+      examples: by attack, the adversarial examples ``[N, ...]``; rows that are wrong without one stay as they are.
     """
 
     survived: dict[str, np.ndarray]

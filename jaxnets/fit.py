@@ -1,4 +1,4 @@
-"""The loop of training: steps, progress, evaluation, metrics, checkpoints. A run that was killed goes on where it was."""
+"""The loop of training: steps, progress, evaluation, metrics, checkpoints. A killed run goes on where it was."""
 
 import json
 import os

@@ -29,7 +29,7 @@ def cross_entropy(logits: Array, target: Array) -> Array:
 
 
 def margin(logits: Array, target: Array) -> Array:
-    """How far the best wrong class is ahead: ``max_{k != y} z_k - z_y``, positive if and only if the row is misclassified.
+    """How far the best wrong class leads: ``max_{k != y} z_k - z_y``, positive exactly where the row is misclassified.
 
     Args:
       logits: ``[..., K]``, ``K >= 2``.
@@ -75,7 +75,7 @@ def kl(logits: Array, target: Array) -> Array:
     """Kullback-Leibler divergence from a reference prediction: ``sum_k p_k (log p_k - log q_k)``.
 
     Here ``p = softmax(target)`` and ``q = softmax(logits)``; gradients flow through both. At ``logits == target`` the
-    gradient is exactly zero: an attack on this loss must start elsewhere.
+    gradient is zero but for rounding: an attack on this loss must start elsewhere.
 
     Args:
       logits: ``[..., K]``.
@@ -119,8 +119,8 @@ def targeted(loss: Loss) -> Loss:
 def succeeded(loss: Loss, logits: Array, target: Array) -> Array:
     """Whether an attack on ``loss`` has reached its goal: bool ``[...]``.
 
-    Untargeted: the prediction is not ``target``; targeted: it is. Distributions and logits as ``target`` stand for their
-    largest class.
+    Untargeted: the prediction is not ``target``; targeted: it is. Distributions and logits as ``target`` stand for
+    their largest class.
     """
     classes = target if _is_classes(logits, target) else jnp.argmax(target, axis=-1)
     reached = jnp.argmax(logits, axis=-1) == classes

@@ -7,7 +7,6 @@ static.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -24,9 +23,14 @@ class Threat(Protocol):
       lower, upper: the box of valid data; static.
     """
 
-    epsilon: Any
-    lower: float
-    upper: float
+    @property
+    def epsilon(self) -> Any: ...
+
+    @property
+    def lower(self) -> float: ...
+
+    @property
+    def upper(self) -> float: ...
 
     def project(self, z: Array, x: Array) -> Array:
         """The point nearest to ``z`` (Euclidean) in both the ball around ``x`` and the box. ``x`` lies in the box."""
@@ -37,7 +41,7 @@ class Threat(Protocol):
         ...
 
     def direction(self, gradient: Array, x: Array) -> Array:
-        """The direction of size one that raises ``<gradient, direction>`` most at ``x``, without pushing out of the box."""
+        """The direction of size one of largest ``<gradient, direction>`` that does not push ``x`` out of the box."""
         ...
 
     def size(self, delta: Array) -> Array:
@@ -48,6 +52,8 @@ class Threat(Protocol):
 def each_row(verb: Callable[..., Array], threat: Threat, *arguments: Array) -> Array:
     """Applies ``verb(threat, ...)`` to every row of ``arguments[B, ...]``; ``epsilon`` is a scalar or ``[B]``.
 
+    The results keep the type of the last argument, whatever that of ``epsilon``.
+
     >>> import jax.numpy as jnp
     >>> x = jnp.zeros((2, 3))
     >>> each_row(Linf.project, Linf(jnp.array([0.1, 0.2])), x + 1, x)[:, 0]
@@ -57,17 +63,15 @@ def each_row(verb: Callable[..., Array], threat: Threat, *arguments: Array) -> A
     epsilon = jnp.asarray(threat.epsilon)
     if epsilon.shape not in ((), (rows,)):
         raise ValueError(f"epsilon must be a scalar or have one entry for each of the {rows} rows, got {epsilon.shape}")
-    return jax.vmap(verb)(replace(threat, epsilon=jnp.broadcast_to(epsilon, (rows,))), *arguments)  # pyright: ignore
+    epsilon = jnp.broadcast_to(epsilon.astype(arguments[-1].dtype), (rows,))
+    return jax.vmap(verb)(replace(threat, epsilon=epsilon), *arguments)  # pyright: ignore
 
 
-_static = partial(field, metadata={"static": True})
+_STATIC = {"static": True}
 
 
-def _threat(cls):
-    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
-
-
-@_threat
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Linf:
     """Every coordinate may move by at most epsilon: ``max_i |delta_i| <= epsilon``.
 
@@ -76,8 +80,8 @@ class Linf:
     """
 
     epsilon: Any
-    lower: float = _static(default=0.0)
-    upper: float = _static(default=1.0)
+    lower: float = field(default=0.0, metadata=_STATIC)
+    upper: float = field(default=1.0, metadata=_STATIC)
 
     def project(self, z: Array, x: Array) -> Array:
         return jnp.clip(z, jnp.maximum(x - self.epsilon, self.lower), jnp.minimum(x + self.epsilon, self.upper))
@@ -92,7 +96,8 @@ class Linf:
         return jnp.max(jnp.abs(delta))
 
 
-@_threat
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class L2:
     """The Euclidean length of the perturbation is at most epsilon: ``sqrt(sum_i delta_i^2) <= epsilon``.
 
@@ -101,8 +106,8 @@ class L2:
     """
 
     epsilon: Any
-    lower: float = _static(default=0.0)
-    upper: float = _static(default=1.0)
+    lower: float = field(default=0.0, metadata=_STATIC)
+    upper: float = field(default=1.0, metadata=_STATIC)
 
     def project(self, z: Array, x: Array) -> Array:
         """``x + clip(s (z - x))`` to the box, with the largest ``s <= 1`` that stays in the ball."""
@@ -129,7 +134,8 @@ class L2:
         return _length(delta)
 
 
-@_threat
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class L1:
     """The absolute changes sum to at most epsilon: ``sum_i |delta_i| <= epsilon``.
 
@@ -141,19 +147,19 @@ class L1:
     """
 
     epsilon: Any
-    lower: float = _static(default=0.0)
-    upper: float = _static(default=1.0)
-    top: int = _static(default=1)
+    lower: float = field(default=0.0, metadata=_STATIC)
+    upper: float = field(default=1.0, metadata=_STATIC)
+    top: int = field(default=1, metadata=_STATIC)
 
     def project(self, z: Array, x: Array) -> Array:
-        """``x + clip(sign(d) max(|d| - t, 0))`` to the box, ``d = z - x``, with the least ``t >= 0`` that stays in the ball."""
+        """``x + sign(d) max(|d| - t, 0)``, cut to the box, for ``d = z - x`` and the least ``t >= 0`` that fits."""
         offset, room = z - x, _room(z, x, self)
         distance = jnp.abs(offset)
         # Searched from above: t = (1 - s) max |d|, so that the largest s is the least threshold.
         largest = jnp.max(distance)
         fits = lambda s: jnp.sum(jnp.clip(distance - (largest - s), 0, room)) <= self.epsilon  # noqa: E731
         near = largest - _bisect(fits, largest)
-        # With the coordinates known that are cut to zero or meet the box, the threshold of the others has a closed form.
+        # With the coordinates known that are zero or meet the box, the threshold of the others has a closed form.
         moving = (distance > near) & (distance - near < room)
         fixed = jnp.sum(jnp.where((distance > near) & ~moving, room, 0))
         count = jnp.sum(moving)
@@ -197,11 +203,13 @@ def _bisect(fits: Callable[[Array], Array], upper: Array) -> Array:
 
 
 def _finish(delta: Array, z: Array, x: Array, threat: Threat) -> Array:
-    """``x + delta`` without the rounding error of ``delta``; ``z`` itself, cut to the box, where that lies in the ball."""
-    size = threat.size(delta)
+    """``x + delta`` without the rounding error of ``delta``; ``z`` cut to the box where that lies in the ball."""
+    size, meets_box = threat.size(delta), jnp.abs(delta) >= _room(z, x, threat)
     delta = delta * jnp.where(size > threat.epsilon, threat.epsilon / jnp.where(size > 0, size, 1), 1)
     boxed = jnp.clip(z, threat.lower, threat.upper)
-    return jnp.where(threat.size(boxed - x) <= threat.epsilon, boxed, jnp.clip(x + delta, threat.lower, threat.upper))
+    # Exactly on the box, not a rounding error inside it: what `_inward` does next hangs on it.
+    cut = jnp.where(meets_box, boxed, jnp.clip(x + delta, threat.lower, threat.upper))
+    return jnp.where(threat.size(boxed - x) <= threat.epsilon, boxed, cut)
 
 
 def _inward(gradient: Array, x: Array, threat: Threat) -> Array:

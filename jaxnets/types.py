@@ -27,7 +27,7 @@ Loss = Callable[[Array, Array], Array]
 
 
 class Attack(Protocol):
-    """``(key, logits_fn, x[B, ...], target) -> x_adv[B, ...]``: a pure function, configured with `functools.partial`."""
+    """``(key, logits_fn, x[B, ...], target) -> x_adv[B, ...]``: a pure function, configured by `functools.partial`."""
 
     def __call__(self, key: Array, logits_fn: LogitsFn, x: Array, target: Array, /) -> Array: ...
 

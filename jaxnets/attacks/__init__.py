@@ -1,4 +1,4 @@
-"""Attacks: pure functions ``(key, logits_fn, x, target, *, threat, ...) -> x_adv``, configured with `functools.partial`."""
+"""Attacks: pure functions ``(key, logits_fn, x, target, *, threat, ...) -> x_adv``, bound by `functools.partial`."""
 
 from jaxnets.attacks.combinators import restarts, worst_of
 from jaxnets.attacks.gradient import fgsm, pgd

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxnets.attacks.calling import as_pytree, check_one_a_row, check_rows, checked_logits, row_keys
 from jaxnets.attacks.ranking import better, candidate, nothing_yet
 from jaxnets.attacks.start import Start, at_clean, uniform
-from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
 from jaxnets.losses import cross_entropy
 from jaxnets.threats import Threat, each_row
 from jaxnets.types import Array, LogitsFn, Loss
@@ -55,6 +55,7 @@ def fgsm(
     """
     check_rows(x, target)
     step_size = threat.epsilon if step_size is None else step_size
+    check_one_a_row(x, epsilon=threat.epsilon, step_size=step_size)
     return _fgsm(key, as_pytree(logits_fn), x, target, threat, step_size, as_pytree(loss), as_pytree(start))
 
 
@@ -70,7 +71,7 @@ def pgd(
     step_size: Any = None,
     start: Start = uniform,
 ) -> Array:
-    """Projected gradient: ``x_{t+1} = project(x_t + step_size * direction(grad loss(x_t)))``, the best iterate of each row.
+    """Projected gradient: ``x_{t+1} = project(x_t + step_size * direction(grad loss(x_t)))``, each row's best iterate.
 
     Best is first whether the attack has succeeded there, then how high the loss is; the start counts as an iterate. The
     cost is ``steps`` input gradients and one evaluation.
@@ -103,6 +104,7 @@ def pgd(
     if steps < 1:
         raise ValueError(f"pgd takes at least one step, got steps={steps}")
     step_size = 2.5 * threat.epsilon / steps if step_size is None else step_size
+    check_one_a_row(x, epsilon=threat.epsilon, step_size=step_size)
     arguments = (as_pytree(logits_fn), x, target, threat, step_size, as_pytree(loss), as_pytree(start))
     return _pgd(key, *arguments, steps=steps)
 

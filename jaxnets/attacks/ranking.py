@@ -29,7 +29,7 @@ def nothing_yet(x: Array) -> Candidate:
 
 
 def better(held: Candidate, new: Candidate, among: Array | None = None) -> Candidate:
-    """Row by row the higher of two; the held one on ties, and where the new loss is NaN or the row is not in ``among``."""
+    """Row by row the higher of two; the held one on ties, where the new loss is NaN and where ``among`` is false."""
     higher = (new.success > held.success) | ((new.success == held.success) & (new.loss > held.loss))
     take = higher & ~jnp.isnan(new.loss)
     if among is not None:

@@ -95,7 +95,7 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
             parts.append(of_input(lhs_dot, rhs))
         if not isinstance(rhs_dot, SymbolicZero):
             parts.append(of_kernel(lhs, rhs_dot))
-        return out, sum(parts) if parts else jnp.zeros_like(out)
+        return out, sum(parts[1:], start=parts[0])
 
     return convolve
 

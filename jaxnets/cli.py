@@ -1,0 +1,138 @@
+"""The command ``jaxnets``: what may be said to it, and how it answers what may not."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+DataName = Literal["digits", "mnist", "fashion_mnist", "cifar10"]
+ModelName = Literal["small_cnn", "mlp", "lenet5", "lenet5_modern", "madry_cnn"]
+ObjectiveName = Literal["adversarial", "standard"]
+ThreatName = Literal["linf", "l2", "l1"]
+AttackName = Literal["pgd", "fgsm"]
+StartName = Literal["uniform", "uniform_unclipped", "at_clean"]
+OptimizerName = Literal["adamw", "sgd", "lion"]
+ScheduleName = Literal["cosine", "triangular", "constant"]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a classifier, attack it, and say how robust it is.
+
+    Started again, the same command continues a run that was stopped, from its last checkpoint.
+    """
+
+    data: DataName = "digits"
+    """Real images. digits comes with scikit-learn; the others are read, prepared or downloaded."""
+    data_dir: Path | None = None
+    """Where data is; unless given $JAXNETS_DATA, else the folder of tensorflow-datasets."""
+    model: ModelName = "small_cnn"
+    """The network."""
+    objective: ObjectiveName = "adversarial"
+    """What training lowers: the loss on attacked rows, or on the rows as they are."""
+    threat: ThreatName = "linf"
+    """The norm that bounds a perturbation."""
+    epsilon: float = 0.2
+    """The bound, in units of the data: pixels are in [0, 1]."""
+    attack: AttackName = "pgd"
+    """What training is against: many small steps, or one of 1.25 epsilon."""
+    steps: int = 10
+    """Steps of pgd in training."""
+    start: StartName = "uniform"
+    """Where the attack of training starts: in ball and box, in the ball, or at the clean point."""
+    epochs: int = 60
+    """Passes over the training rows."""
+    batch_size: int = 64
+    """Rows a step, over all devices."""
+    optimizer: OptimizerName = "adamw"
+    """From optax; sgd has Nesterov momentum 0.9."""
+    learning_rate: float = 2e-3
+    """The highest."""
+    schedule: ScheduleName = "cosine"
+    """The learning rate over the run: falls by a cosine, rises to 2/5 and falls, or stays."""
+    weight_decay: float = 0.0
+    """Decoupled, times the learning rate."""
+    label_smoothing: float = 0.0
+    """Probability spread evenly over all classes."""
+    seed: int = 0
+    """Of initial weights, order of rows and attacks."""
+    evaluate_every: int = 5
+    """Epochs between looks at the test rows."""
+    examples: int = 1000
+    """Test rows, from the first on, that the evaluation attacks."""
+    out: Path | None = None
+    """The folder of the run; unless given runs/<data>-<model>-<objective>-<threat><epsilon>-seed<seed>."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Attack trained networks harder: one table and one picture for all."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs."""
+    steps: int = 100
+    """Steps of each attack."""
+    restarts: int = 5
+    """Random starts of each attack."""
+    epsilon: float | None = None
+    """The bound; unless given that of each run's training."""
+    examples: int = 1000
+    """Test rows, from the first on, that are attacked."""
+    data_dir: Path | None = None
+    """Where data is; unless given that of each run's training."""
+    seed: int = 0
+    """Of the attacks."""
+    out: Path | None = None
+    """The folder for evaluation.json and evaluation.png; unless given the first run's."""
+
+
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command. Impossible wishes get one line on standard error and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = _parse(arguments)
+    from jaxnets import commands  # here, because help need not wait for jax
+
+    try:
+        commands.train(command) if isinstance(command, Train) else commands.evaluate(command)
+    except commands.EXPECTED as error:
+        _refuse(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("\njaxnets: stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(arguments: list[str]) -> Train | Evaluate:
+    said = io.StringIO()
+    os.environ.setdefault("COLUMNS", "100")
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Command, prog="jaxnets", description=__doc__, args=arguments)  # pyright: ignore
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+    _refuse(_one_line(said.getvalue()))
+    raise AssertionError("unreachable")
+
+
+def _one_line(box: str) -> str:
+    """The message in the box that tyro draws."""
+    body = box.split("───── ")[-1] if "╭" not in box else box
+    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in body.splitlines()[1:]]
+    message = " ".join(line for line in lines if line)
+    return re.sub(r"\s*(For full helptext, (?:run|see))", r"; \1", message)
+
+
+def _refuse(message: str) -> None:
+    print(f"jaxnets: {message}", file=sys.stderr)
+    sys.exit(2)
