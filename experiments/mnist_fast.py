@@ -13,24 +13,37 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import tyro
 
 import jaxnets as jn
+from jaxnets.types import Params
 
 EPSILON = 0.3
 
 
-def torch_default(key: jax.Array, shape: tuple[int, ...], dtype=np.float32) -> jax.Array:
-    """Kernels as PyTorch starts them: uniform in ``+-1 / sqrt(fan_in)``."""
-    bound = np.prod(shape[:-1]) ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+def torch_default(key: jax.Array, params: Params) -> Params:
+    """Kernels and biases as PyTorch starts them, and the published code: uniform in ``+-1 / sqrt(fan_in)``."""
+    drawn = {}
+    for number, (name, layer) in enumerate(params.items()):
+        bound = np.prod(layer["kernel"].shape[:-1]) ** -0.5
+        keys = jax.random.split(jax.random.fold_in(key, number))
+        drawn[name] = {
+            leaf: jax.random.uniform(leaf_key, layer[leaf].shape, minval=-bound, maxval=bound)
+            for leaf, leaf_key in zip(("kernel", "bias"), keys, strict=True)
+        }
+    return drawn
 
 
-INITIALISERS = {"lecun": nn.initializers.lecun_normal(), "he": nn.initializers.he_normal(), "torch": torch_default}
+INITIALISERS: dict[str, Callable[[jax.Array, Params], Params]] = {
+    "torch": torch_default,
+    "torch_kernels": lambda key, params: {
+        name: {**layer, "bias": 0 * layer["bias"]} for name, layer in torch_default(key, params).items()
+    },
+    "lecun": lambda key, params: params,
+}
 STARTS = {"unclipped": jn.attacks.uniform_unclipped, "clipped": jn.attacks.uniform}
 ATTACKS: dict[str, Callable[[Callable], Callable]] = {
     "fgsm": lambda start: partial(jn.attacks.fgsm, threat=jn.Linf(EPSILON), step_size=1.25 * EPSILON, start=start),
@@ -47,8 +60,8 @@ class Settings:
     """What the network is trained against: one step of 1.25 epsilon, or seven of 0.1."""
     start: Literal["unclipped", "clipped"] = "unclipped"
     """Whether the random start is cut to the box before the gradient; the published MNIST code does not."""
-    init: Literal["lecun", "he", "torch"] = "lecun"
-    """How kernels start. Biases start at zero."""
+    init: Literal["torch", "torch_kernels", "lecun"] = "torch"
+    """How weights start: as PyTorch does, as published; the same with zero biases; LeCun's normal with zero biases."""
     epochs: int = 10
     peak: float = 5e-3
     """The highest learning rate of the triangle."""
@@ -84,9 +97,10 @@ def main(settings: Settings) -> list[dict[str, float]]:
 def run(settings: Settings, data: jn.data.Dataset, seed: int, folder: Path) -> dict[str, float]:
     """Trains one network and attacks it with PGD-50."""
     init_key, train_key, attack_key = jax.random.split(jax.random.key(seed), 3)
-    net = jn.from_linen(jn.models.SmallCNN(kernel_init=INITIALISERS[settings.init]))
+    net = jn.from_linen(jn.models.SmallCNN())
     x, y = jn.data.to_float(data.test.images[: settings.rows]), data.test.labels[: settings.rows]
     params, stats = net.init(init_key, x[:1])
+    params = INITIALISERS[settings.init](init_key, params)
     total = settings.epochs * jn.data.steps_per_epoch(len(data.train.labels), 100)
     optimizer = optax.adam(jn.optimizers.triangular(settings.peak, total))
     objective = jn.objectives.adversarial(net, ATTACKS[settings.attack](STARTS[settings.start]))

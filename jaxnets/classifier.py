@@ -35,7 +35,7 @@ def from_linen(module: nn.Module) -> Classifier:
     ``deterministic`` is the opposite. All collections but ``params`` are statistics; randomness is drawn from the
     stream ``dropout``.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> net = from_linen(nn.Dense(3))
     >>> params, stats = net.init(jax.random.key(0), jnp.ones((2, 4)))
     >>> net.logits_fn(params, stats)(jnp.ones((2, 4))).shape

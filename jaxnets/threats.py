@@ -119,7 +119,7 @@ class L2:
         left = self.epsilon**2 - jnp.sum(jnp.where(moving, 0, room**2))
         total = jnp.sum(jnp.where(moving, distance**2, 0))
         scale = _root(jnp.maximum(left, 0) / jnp.where(total > 0, total, 1))
-        return _finish(jnp.sign(offset) * jnp.minimum(scale * distance, room), z, x, self)
+        return _finish(jnp.clip(scale * offset, -room, room), z, x, self, power=2)
 
     def sample(self, key: Array, x: Array) -> Array:
         """``epsilon u^(1/n) g / |g|`` with ``g`` normal and ``u`` uniform: the radius to the power n is uniform."""
@@ -165,7 +165,7 @@ class L1:
         count = jnp.sum(moving)
         exact = (jnp.sum(jnp.where(moving, distance, 0)) + fixed - self.epsilon) / jnp.maximum(count, 1)
         threshold = jnp.where(count > 0, exact, near)
-        return _finish(jnp.sign(offset) * jnp.clip(distance - threshold, 0, room), z, x, self)
+        return _finish(jnp.sign(offset) * jnp.clip(distance - threshold, 0, room), z, x, self, power=1)
 
     def sample(self, key: Array, x: Array) -> Array:
         """``epsilon l / (|l|_1 + e)`` with ``l`` Laplace and ``e`` exponential (Barthe et al. 2005)."""
@@ -202,13 +202,18 @@ def _bisect(fits: Callable[[Array], Array], upper: Array) -> Array:
     return jax.lax.stop_gradient(jax.lax.fori_loop(0, 30, halve, bracket)[0])
 
 
-def _finish(delta: Array, z: Array, x: Array, threat: Threat) -> Array:
-    """``x + delta`` without the rounding error of ``delta``; ``z`` cut to the box where that lies in the ball."""
-    size, meets_box = threat.size(delta), jnp.abs(delta) >= _room(z, x, threat)
-    delta = delta * jnp.where(size > threat.epsilon, threat.epsilon / jnp.where(size > 0, size, 1), 1)
+def _finish(delta: Array, z: Array, x: Array, threat: Threat, power: int) -> Array:
+    """``x + delta`` without the rounding error of ``delta``; ``z`` cut to the box where that lies in the ball.
+
+    ``power`` is that of the norm: sizes to this power add up.
+    """
+    meets_box = jnp.abs(delta) >= _room(z, x, threat)
+    on_box, off_box = threat.size(jnp.where(meets_box, delta, 0)), threat.size(jnp.where(meets_box, 0, delta))
+    left = jnp.maximum(threat.epsilon**power - on_box**power, 0) ** (1 / power)
+    shrink = jax.lax.stop_gradient(jnp.where(off_box > left, left / jnp.where(off_box > 0, off_box, 1), 1))
     boxed = jnp.clip(z, threat.lower, threat.upper)
     # Exactly on the box, not a rounding error inside it: what `_inward` does next hangs on it.
-    cut = jnp.where(meets_box, boxed, jnp.clip(x + delta, threat.lower, threat.upper))
+    cut = jnp.where(meets_box, boxed, jnp.clip(x + delta * shrink, threat.lower, threat.upper))
     return jnp.where(threat.size(boxed - x) <= threat.epsilon, boxed, cut)
 
 

@@ -1,0 +1,1 @@
+"""Measurements: one question a file, with the command and what came out in its header."""

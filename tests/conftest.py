@@ -1,0 +1,46 @@
+"""Every test runs in one process with eight CPU devices. Fixtures and settings that the files share."""
+
+# ruff: noqa: E402
+
+import os
+
+# Most of a test's time goes into compiling: leave out the optimisation of machine code, none of XLA's own passes.
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import chex
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "jaxnets",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("jaxnets")
+
+
+@pytest.fixture
+def x64():
+    """Double precision for the length of a test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh_trace_counts():
+    chex.clear_trace_counter()
+
+
+@pytest.fixture(scope="session")
+def eight_devices():
+    devices = jax.devices()
+    assert len(devices) == 8, "the suite runs on eight CPU devices"
+    return devices

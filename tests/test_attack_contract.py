@@ -1,0 +1,340 @@
+"""What every attack promises under every threat. A new attack joins by one line in ATTACKS."""
+
+from functools import cache, partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+from references import assert_inside
+
+import jaxnets as jn
+from jaxnets.attacks.calling import row_keys
+
+margin = jn.losses.margin
+
+
+def _fgsm(threat):
+    return partial(jn.attacks.fgsm, threat=threat, loss=margin)
+
+
+def _pgd(threat):
+    return partial(jn.attacks.pgd, threat=threat, steps=3, loss=margin)
+
+
+# The margin does not saturate, so that the same gradients come at every scale of the logits.
+ATTACKS = {
+    "fgsm": _fgsm,
+    "fgsm_rs": lambda threat: partial(_fgsm(threat), start=jn.attacks.uniform, step_size=1.25 * threat.epsilon),
+    "pgd": _pgd,
+    "pgd_targeted": lambda threat: partial(_pgd(threat), loss=jn.losses.targeted(margin)),
+    "worst_of": lambda threat: jn.attacks.worst_of(_fgsm(threat), _pgd(threat)),
+    "restarts": lambda threat: jn.attacks.restarts(_pgd(threat), 2),
+}
+THREATS = {"Linf": partial(jn.Linf, 0.1), "L2": partial(jn.L2, 0.4), "L1": partial(jn.L1, 0.9)}
+SHAPE, CLASSES, ROWS = (3, 4), 4, 8
+
+every_attack = pytest.mark.parametrize("name", ATTACKS)
+every_threat = pytest.mark.parametrize("norm", THREATS)
+
+
+class Small(nn.Module):
+    """Every row sees statistics that came from other data."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(8)(x.reshape(len(x), -1))
+        x = jnp.tanh(nn.BatchNorm(use_running_average=not train, momentum=0.5)(x))
+        return nn.Dense(CLASSES)(x)
+
+
+NET = jn.from_linen(Small())
+
+
+def scaled_logits(scale, params, stats, x):
+    return scale * NET.infer(params, stats, x)
+
+
+@cache
+def variables(seed=0):
+    init_key, data_key, train_key = jax.random.split(jax.random.key(seed), 3)
+    params, stats = NET.init(init_key, jnp.zeros((1, *SHAPE)))
+    _, stats = NET.train(params, stats, 3 * jax.random.normal(data_key, (32, *SHAPE)), train_key)
+    return params, stats
+
+
+def model(scale=1.0, seed=0, dtype=jnp.float32):
+    leaves = jax.tree.map(lambda leaf: leaf.astype(dtype), variables(seed))
+    return Partial(scaled_logits, jnp.asarray(scale, dtype), *leaves)
+
+
+def data(rows=ROWS, dtype=np.float32, seed=0):
+    """Rows in the box, many of whose coordinates lie on its faces."""
+    random = np.random.default_rng(seed)
+    x = np.clip(random.uniform(-0.3, 1.3, size=(ROWS, *SHAPE)), 0, 1).astype(dtype)
+    return jnp.asarray(x[:rows]), jnp.asarray(random.integers(0, CLASSES, ROWS)[:rows])
+
+
+def keys(rows=ROWS, seed=1):
+    return row_keys(jax.random.key(seed), rows)
+
+
+def threat_of(norm, dtype=jnp.float32, factor=1.0):
+    threat = THREATS[norm]()
+    return type(threat)(jnp.asarray(factor * threat.epsilon, dtype))
+
+
+@cache
+def compiled(name, norm, rows=ROWS, dtype="float32"):
+    """One compiled program an attack, threat, size and type: traced again, it raises."""
+
+    def attack(threat, key, logits_fn, x, y):
+        return ATTACKS[name](threat)(key, logits_fn, x, y)
+
+    attack.__name__ = f"{name}_{norm}_{rows}_{dtype}"
+    return jax.jit(chex.assert_max_traces(attack, n=1))
+
+
+def run(name, norm, *, threat=None, key=None, logits_fn=None, x=None, y=None):
+    """The attack on the standard rows, with what is given in place."""
+    threat = threat_of(norm) if threat is None else threat
+    logits_fn = model() if logits_fn is None else logits_fn
+    x, y = (data()[0] if x is None else x), (data()[1] if y is None else y)
+    return compiled(name, norm, len(x), str(x.dtype))(threat, keys() if key is None else key, logits_fn, x, y)
+
+
+@every_attack
+@every_threat
+def test_result_is_like_x_inside_the_threat_and_moves(name, norm):
+    x, _ = data()
+    x_adv = run(name, norm)
+    assert x_adv.shape == x.shape
+    assert x_adv.dtype == x.dtype
+    assert_inside(threat_of(norm), x_adv, x)
+    moved = np.abs(np.asarray(x_adv - x)).reshape(ROWS, -1).max(axis=1)
+    assert (moved > 1e-3).sum() >= ROWS - 2, "an attack that hardly moves promises nothing"
+
+
+@every_attack
+@every_threat
+def test_attack_raises_its_loss(name, norm):
+    x, y = data()
+    sign = -1 if name == "pgd_targeted" else 1
+    gain = sign * (margin(model()(run(name, norm)), y) - margin(model()(x), y))
+    assert np.median(gain) > 0.01
+
+
+@every_attack
+@every_threat
+def test_same_key_gives_same_result_and_jit_equals_eager(name, norm):
+    x, y = data()
+    np.testing.assert_array_equal(run(name, norm), run(name, norm))
+    # One key for all rows is the same as one key a row made from it.
+    eager = ATTACKS[name](threat_of(norm))(jax.random.key(1), model(), x, y)
+    np.testing.assert_allclose(eager, run(name, norm), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fgsm_rs", "pgd", "restarts"])
+def test_another_key_gives_another_result(name):
+    assert np.abs(np.asarray(run(name, "L2") - run(name, "L2", key=keys(seed=2)))).max() > 1e-3
+
+
+@every_attack
+@every_threat
+def test_rows_do_not_depend_on_the_batch(name, norm):
+    whole = run(name, norm)
+    for rows in (1, 7):
+        x, y = data(rows)
+        first = run(name, norm, key=keys()[:rows], x=x, y=y)
+        np.testing.assert_allclose(first, whole[:rows], rtol=0, atol=1e-5)
+
+
+@every_attack
+@every_threat
+def test_permuted_rows_give_permuted_results(name, norm):
+    x, y = data()
+    order = np.random.default_rng(3).permutation(ROWS)
+    permuted = run(name, norm, key=keys()[order], x=x[order], y=y[order])
+    np.testing.assert_allclose(permuted, run(name, norm)[order], rtol=0, atol=1e-5)
+
+
+@every_attack
+@every_threat
+def test_new_epsilon_data_and_parameters_mean_no_new_trace(name, norm):
+    chex.clear_trace_counter()
+    results = [run(name, norm)]
+    results += [run(name, norm, threat=threat_of(norm, factor=2.0))]
+    results += [run(name, norm, logits_fn=model(seed=1)), run(name, norm, x=data(seed=5)[0], key=keys(seed=6))]
+    for number, one in enumerate(results):
+        for other in results[:number]:
+            assert np.abs(np.asarray(one - other)).max() > 1e-3, "an argument was not used"
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "worst_of", "restarts"])
+def test_eager_calls_do_not_trace_the_model_again(name):
+    traces = []
+
+    def counted(params, stats, x):
+        traces.append(0)
+        return NET.infer(params, stats, x)
+
+    x, y = data()
+    attack = ATTACKS[name](threat_of("Linf"))
+    attack(jax.random.key(0), Partial(counted, *variables(0)), x, y)
+    first = len(traces)
+    attack(jax.random.key(1), Partial(counted, *variables(1)), 1 - x, y)
+    assert 0 < first == len(traces)
+    if name in ("fgsm", "pgd"):
+        ATTACKS[name](threat_of("Linf", factor=0.5))(jax.random.key(1), Partial(counted, *variables(1)), x, y)
+        assert first == len(traces)
+
+
+@every_attack
+@every_threat
+def test_zero_gradients_leave_the_result_inside(name, norm):
+    x, _ = data()
+    x_adv = run(name, norm, logits_fn=model(scale=0.0))
+    assert_inside(threat_of(norm), x_adv, x)
+    if name == "fgsm":
+        np.testing.assert_array_equal(x_adv, x)
+
+
+@every_attack
+def test_constant_model_survives(name):
+    x, y = data()
+    constant = ATTACKS[name](threat_of("L2"))(jax.random.key(0), lambda x: jnp.zeros((len(x), CLASSES)), x, y)
+    assert_inside(threat_of("L2"), constant, x)
+
+
+@every_attack
+@every_threat
+def test_gradients_at_any_scale_give_the_same_step(name, norm):
+    expected = run(name, norm)
+    for scale in (1e-20, 1e-6, 1e6, 1e20):
+        scaled = run(name, norm, logits_fn=model(scale=scale))
+        np.testing.assert_allclose(scaled, expected, rtol=0, atol=1e-5, err_msg=f"scale {scale}")
+
+
+@every_attack
+@every_threat
+def test_no_budget_gives_x(name, norm):
+    x, _ = data()
+    np.testing.assert_array_equal(run(name, norm, threat=threat_of(norm, factor=0.0)), x)
+
+
+@every_attack
+def test_statistics_are_left_as_they_were(name):
+    x, y = data()
+    logits_fn = model(seed=2)
+    before = jax.tree.map(np.array, logits_fn)
+    ATTACKS[name](threat_of("Linf"))(jax.random.key(0), logits_fn, x, y)
+    jax.tree.map(np.testing.assert_array_equal, before, logits_fn)
+
+
+@every_attack
+@every_threat
+def test_double_precision(name, norm, x64):
+    x, y = data(dtype=np.float64)
+    x_adv = run(name, norm, threat=threat_of(norm, jnp.float64), logits_fn=model(dtype=jnp.float64), x=x, y=y)
+    assert x_adv.dtype == np.float64
+    assert_inside(threat_of(norm, jnp.float64), x_adv, x, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd"])
+@every_threat
+def test_type_of_epsilon_does_not_change_that_of_x(name, norm):
+    x, y = data(dtype=jnp.bfloat16)
+    assert ATTACKS[name](threat_of(norm, jnp.float32))(jax.random.key(0), model(), x, y).dtype == jnp.bfloat16
+
+
+@every_threat
+def test_epsilon_and_step_size_a_row(norm):
+    x, y = data()
+    factors = np.linspace(0, 1, ROWS, dtype=np.float32)
+    threat = type(threat_of(norm))(threat_of(norm).epsilon * factors)
+    together = _pgd(threat)(jax.random.key(1), model(), x, y)
+    assert_inside(threat, together, x)
+    row = 5
+    alone = run("pgd", norm, threat=threat_of(norm, factor=factors[row]))[row]
+    np.testing.assert_allclose(together[row], alone, rtol=0, atol=1e-5)
+
+
+@every_threat
+def test_images_stay_inside(norm):
+    random = np.random.default_rng(0)
+    x = jnp.asarray(np.clip(random.normal(0.2, 0.5, size=(4, 28, 28, 1)), 0, 1), jnp.float32)
+    weights = jnp.asarray(random.normal(size=(784, 10)), jnp.float32)
+    threat = {"Linf": jn.Linf(0.3), "L2": jn.L2(3.0), "L1": jn.L1(20.0, top=16)}[norm]
+    attack = partial(jn.attacks.pgd, threat=threat, steps=10)
+    x_adv = attack(jax.random.key(0), lambda x: x.reshape(len(x), -1) @ weights, x, jnp.arange(4))
+    assert_inside(threat, x_adv, x)
+
+
+# Bad arguments.
+
+
+@every_attack
+@pytest.mark.parametrize(
+    ("x", "y", "words"),
+    [
+        (jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, jnp.int32), "x must be a float array"),
+        (jnp.zeros(3), jnp.zeros(3, jnp.int32), "x must be a float array of rows"),
+        (jnp.zeros((2, 3)), jnp.zeros(3, jnp.int32), "B = 2 rows"),
+        (jnp.zeros((2, 3)), jnp.zeros((), jnp.int32), "B = 2 rows"),
+    ],
+)
+def test_bad_data_raises(name, x, y, words):
+    with pytest.raises(ValueError, match=words):
+        ATTACKS[name](jn.Linf(0.1))(jax.random.key(0), lambda x: x, x, y)
+
+
+@every_attack
+def test_logits_of_the_wrong_shape_raise(name):
+    x, y = data()
+    with pytest.raises(ValueError, match=r"logits_fn must return \[B, K\] with B = 8"):
+        ATTACKS[name](jn.Linf(0.1))(jax.random.key(0), lambda x: x.sum(axis=(1, 2)), x, y)
+
+
+@every_attack
+def test_wrong_number_of_keys_raises(name):
+    x, y = data()
+    with pytest.raises(ValueError, match="one for each of the 8 rows"):
+        ATTACKS[name](jn.Linf(0.1))(keys()[:3], model(), x, y)
+
+
+@every_attack
+def test_wrong_number_of_epsilons_raises(name):
+    x, y = data()
+    with pytest.raises(ValueError, match="epsilon must be a scalar or have one entry for each of the 8 rows"):
+        ATTACKS[name](jn.Linf(jnp.full(3, 0.1)))(jax.random.key(0), model(), x, y)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_steps_raise(steps):
+    x, y = data()
+    with pytest.raises(ValueError, match=f"at least one step, got steps={steps}"):
+        jn.attacks.pgd(jax.random.key(0), model(), x, y, threat=jn.Linf(0.1), steps=steps)
+
+
+def test_bad_combinations_raise():
+    plain = _pgd(jn.Linf(0.1))
+    wanted = partial(plain, loss=jn.losses.targeted(margin))
+    with pytest.raises(ValueError, match="times=0"):
+        jn.attacks.restarts(plain, 0)
+    with pytest.raises(ValueError, match="at least one attack"):
+        jn.attacks.worst_of()
+    with pytest.raises(ValueError, match="no common goal"):
+        jn.attacks.worst_of(plain, wanted)
+    with pytest.raises(ValueError, match="no common goal"):
+        jn.attacks.worst_of(plain, jn.attacks.restarts(wanted, 2))
+    assert jn.attacks.worst_of(plain, wanted, loss=margin).loss is margin
+    assert jn.attacks.worst_of(wanted, jn.attacks.restarts(wanted, 2)).loss == jn.losses.targeted(margin)
+
+
+def test_attacks_print_their_settings():
+    printed = repr(jn.attacks.worst_of(_pgd(jn.Linf(0.25)), jn.attacks.restarts(_fgsm(jn.L2(1.5)), 7)))
+    for part in ("worst_of", "restarts", "epsilon=0.25", "steps=3", "L2(epsilon=1.5", "7"):
+        assert part in printed

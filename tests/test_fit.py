@@ -1,0 +1,177 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxnets as jn
+from jaxnets.data import Split
+from jaxnets.fit import MetricsLog, fit, read_metrics
+
+OPTIMIZER = optax.sgd(0.05, momentum=0.9)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 50).astype(np.int32)
+    patterns = rng.integers(0, 128, (3, 4, 4, 1))
+    split = Split((patterns[labels] + rng.integers(0, 128, (50, 4, 4, 1))).astype(np.uint8), labels)
+    net = jn.from_linen(jn.models.MLP((8,), classes=3))
+    params, stats = net.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+    objective = jn.objectives.adversarial(net, partial(jn.attacks.pgd, threat=jn.Linf(0.1), steps=2))
+    state = jn.training.init_state(jax.random.key(1), params, stats, OPTIMIZER)
+    return objective, state, split
+
+
+def run(problem, folder, **options):
+    objective, state, split = problem
+    return fit(objective, OPTIMIZER, state, split, **{"folder": folder, "epochs": 3, "batch_size": 16, **options})
+
+
+def params_of(state):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)])
+
+
+def test_counts_steps_and_evaluates_after_epochs(problem, tmp_path):
+    seen = []
+    state = run(
+        problem,
+        tmp_path,
+        epochs=5,
+        evaluate=lambda s: {"clean": float(len(seen))} if seen.append(int(s.step)) else {"clean": 0.5},
+        evaluate_every=2,
+    )
+    assert int(state.step) == 15  # 50 // 16 = 3 steps an epoch
+    assert seen == [6, 12, 15]
+    rows = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 16))
+    assert [row["step"] for row in rows if "clean" in row] == seen
+
+
+def test_the_loss_falls(problem, tmp_path):
+    run(problem, tmp_path, epochs=60)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+
+
+def test_the_given_state_is_not_donated(problem, tmp_path):
+    run(problem, tmp_path, epochs=1)
+    assert np.isfinite(params_of(problem[1])).all()
+
+
+def test_stopped_and_continued_equals_never_stopped(problem, tmp_path):
+    whole = run(problem, tmp_path / "whole", epochs=6, evaluate=lambda state: {"clean": 0.5})
+
+    class Stop(Exception):
+        pass
+
+    def stop(state):
+        if int(state.step) == 9:
+            raise Stop
+        return {"clean": 0.5}
+
+    with pytest.raises(Stop):
+        run(problem, tmp_path / "stopped", epochs=6, evaluate=stop, checkpoint_every=4)
+    continued = run(problem, tmp_path / "stopped", epochs=6, evaluate=lambda state: {"clean": 0.5})
+    np.testing.assert_array_equal(params_of(continued), params_of(whole))
+    assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_a_damaged_newest_checkpoint_costs_only_time(problem, tmp_path, caplog):
+    whole = run(problem, tmp_path)
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    newest = tmp_path / "checkpoints" / "9"
+    for file in newest.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    again = run(problem, tmp_path)
+    assert "falling back to the one before" in caplog.text
+    np.testing.assert_array_equal(params_of(again), params_of(whole))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_eight_devices_agree_with_one(problem, tmp_path, eight_devices):
+    one = run(problem, tmp_path / "one", mesh=jn.parallel.data_mesh(eight_devices[:1]))
+    eight = run(problem, tmp_path / "eight", mesh=jn.parallel.data_mesh(eight_devices))
+    np.testing.assert_allclose(params_of(eight), params_of(one), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused(problem, tmp_path, eight_devices):
+    with pytest.raises(ValueError, match="batch size 12 does not divide over 8 devices"):
+        run(problem, tmp_path, batch_size=12)
+    with pytest.raises(ValueError, match="batch_size must be in 1..50"):
+        run(problem, tmp_path, batch_size=64)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(problem, tmp_path):
+    objective, state, split = problem
+    broken = state._replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params))
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1: lower the learning rate"):
+        run((objective, broken, split), tmp_path)
+    assert not any((tmp_path / "checkpoints").iterdir())  # nothing worth keeping was saved
+
+
+def test_metrics_are_written_a_step_late_and_cut_on_resuming(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, keep_until=0) as log:
+        assert log.late(1, {"loss": jnp.float32(3)}) == {}
+        assert log.late(2, {"loss": jnp.float32(2)}) == {"loss": 3.0}
+        log.now(2, {"clean": 0.5})
+        log.late(3, {"loss": jnp.float32(1)})
+        log.flush()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # as a kill leaves it
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 2, 3]
+    with MetricsLog(path, keep_until=2):
+        pass
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "clean": 0.5},
+    ]
+
+
+def start_training(folder):
+    code = "from jaxnets.cli import main; main()"
+    options = ["--model", "mlp", "--epochs", "12", "--steps", "3", "--evaluate-every", "4", "--examples", "40"]
+    command = [sys.executable, "-c", code, "train", *options, "--out", str(folder)]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for_checkpoint(folder, process, step):
+    deadline = time.monotonic() + 120
+    while not any(name.isdigit() and int(name) >= step for name in os.listdir(folder / "checkpoints")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_killed_command_continues_bit_for_bit(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference = start_training(whole)
+    assert reference.wait(180) == 0
+    for step in (22, 66):  # epochs of 22 steps: in the first life and in the second
+        process = start_training(killed)
+        while not (killed / "checkpoints").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        wait_for_checkpoint(killed, process, step)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (killed / "report.json").exists()
+    process = start_training(killed)
+    assert process.wait(180) == 0
+    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    digests = [(folder / "checkpoints/264/digest/metadata").read_bytes() for folder in (whole, killed)]
+    assert digests[0] == digests[1]
+    assert (killed / "report.json").read_bytes() == (whole / "report.json").read_bytes()
