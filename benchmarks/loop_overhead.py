@@ -35,7 +35,9 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 }
 
 
-def ratio(module: nn.Module, shape: tuple[int, ...], *, steps: int = STEPS, rounds: int = ROUNDS) -> tuple[float, float]:
+def ratio(
+    module: nn.Module, shape: tuple[int, ...], *, steps: int = STEPS, rounds: int = ROUNDS
+) -> tuple[float, float]:
     """Medians over interleaved rounds: milliseconds of one gradient, and the ratio of PGD to ``steps`` of them."""
     net = jn.from_linen(module)
     data_key, init_key, attack_key = jax.random.split(jax.random.key(0), 3)

@@ -1,25 +1,48 @@
 """Train, attack and evaluate neural networks as pure functions in JAX.
 
-The modules ``data``, ``evaluation``, ``checkpoint``, ``plots`` and ``fit`` are loaded when first used.
+Everything is loaded when first used, so that the command answers a request for help without waiting for JAX.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-from jaxnets import attacks, losses, models, objectives, parallel, threats, training, types
-from jaxnets.classifier import Classifier, from_linen
-from jaxnets.threats import L1, L2, Linf
+if TYPE_CHECKING:
+    from jaxnets import (
+        attacks,
+        checkpoint,
+        data,
+        evaluation,
+        fit,
+        losses,
+        models,
+        objectives,
+        optimizers,
+        parallel,
+        plots,
+        threats,
+        training,
+        types,
+    )
+    from jaxnets.classifier import Classifier, from_linen
+    from jaxnets.threats import L1, L2, Linf
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "L1", "L2", "Classifier", "Linf", "attacks", "from_linen", "losses", "models", "objectives", "parallel", "threats",
-    "training", "types",
+    "L1", "L2", "Classifier", "Linf", "attacks", "checkpoint", "data", "evaluation", "fit", "from_linen", "losses",
+    "models", "objectives", "optimizers", "parallel", "plots", "threats", "training", "types",
 ]  # fmt: skip
 
-_ON_USE = {"checkpoint", "data", "evaluation", "fit", "optimizers", "plots"}
+_HOMES = {"Classifier": "classifier", "from_linen": "classifier", "L1": "threats", "L2": "threats", "Linf": "threats"}
 
 
-def __getattr__(name: str):
-    if name in _ON_USE:
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"jaxnets.{_HOMES[name]}"), name)
+    if name in __all__:
         return importlib.import_module(f"jaxnets.{name}")
     raise AttributeError(f"module 'jaxnets' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -5,6 +5,7 @@ a distribution ``[..., K]`` (mixed or smoothed labels) and `kl` takes the logits
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +125,14 @@ def succeeded(loss: Loss, logits: Array, target: Array) -> Array:
     """
     classes = target if _is_classes(logits, target) else jnp.argmax(target, axis=-1)
     reached = jnp.argmax(logits, axis=-1) == classes
-    return reached if isinstance(loss, Targeted) else ~reached
+    return reached if is_targeted(loss) else ~reached
+
+
+def is_targeted(loss: Loss | None) -> bool:
+    """Whether a loss is one of `targeted`, however often wrapped by `functools.partial`."""
+    while isinstance(loss, partial):
+        loss = loss.func
+    return isinstance(loss, Targeted)
 
 
 def _is_classes(logits: Array, target: Array) -> bool:

@@ -231,7 +231,7 @@ def test_targeted_attacks_reach_their_class_and_success_is_being_there():
     logits_fn = Partial(linear, weights)
     wanted = (jnp.argmax(logits_fn(x), axis=1) + jnp.arange(12) % 4) % 4
     loss = targeted(cross_entropy)
-    x_adv = jn.attacks.pgd(KEY, logits_fn, x, wanted, threat=jn.Linf(3.0, -9, 9), steps=10, loss=loss)
+    x_adv = jn.attacks.pgd(KEY, logits_fn, x, wanted, threat=jn.Linf(3.0, -9.0, 9.0), steps=10, loss=loss)
     np.testing.assert_array_equal(jnp.argmax(logits_fn(x_adv), axis=1), wanted)
     # Rows whose class is wanted already stay there, and are surer of it.
     stay = np.arange(12) % 4 == 0

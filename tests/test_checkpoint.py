@@ -69,7 +69,7 @@ def test_damaged_newest_is_told_and_the_one_before_taken(tmp_path, state, caplog
 def test_all_damaged_is_an_error_and_nothing_is_deleted(tmp_path, state):
     Checkpoints(tmp_path).save(10, state)
     flip_a_bit(largest_file(tmp_path / "10"))
-    with pytest.raises(CheckpointError, match="no checkpoint can be read.*10.*delete it to start again"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be read.*10.*delete it to start again"):
         Checkpoints(tmp_path).restore(state)
     assert (tmp_path / "10").exists()
 

@@ -71,15 +71,15 @@ def test_the_given_state_is_not_donated(problem, tmp_path):
 def test_stopped_and_continued_equals_never_stopped(problem, tmp_path):
     whole = run(problem, tmp_path / "whole", epochs=6, evaluate=lambda state: {"clean": 0.5})
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(state):
         if int(state.step) == 9:
-            raise Stop
+            raise StopError
         return {"clean": 0.5}
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run(problem, tmp_path / "stopped", epochs=6, evaluate=stop, checkpoint_every=4)
     continued = run(problem, tmp_path / "stopped", epochs=6, evaluate=lambda state: {"clean": 0.5})
     np.testing.assert_array_equal(params_of(continued), params_of(whole))
@@ -108,7 +108,7 @@ def test_eight_devices_agree_with_one(problem, tmp_path, eight_devices):
 def test_a_batch_that_does_not_divide_is_refused(problem, tmp_path, eight_devices):
     with pytest.raises(ValueError, match="batch size 12 does not divide over 8 devices"):
         run(problem, tmp_path, batch_size=12)
-    with pytest.raises(ValueError, match="batch_size must be in 1..50"):
+    with pytest.raises(ValueError, match=r"batch_size must be in 1\.\.50"):
         run(problem, tmp_path, batch_size=64)
 
 

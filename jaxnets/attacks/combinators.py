@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
 from jaxnets.attacks.ranking import Candidate, better, candidate, nothing_yet
-from jaxnets.losses import Targeted, margin, targeted
+from jaxnets.losses import is_targeted, margin, targeted
 from jaxnets.types import Array, Attack, LogitsFn, Loss
 
 
@@ -92,7 +92,7 @@ def _run(attack: Attack, number: Any, keys: Array, logits_fn, x, target, loss: L
 
 
 def _common_goal(attacks) -> Loss:
-    wanted = {isinstance(_loss_of(attack), Targeted) for attack in attacks}
+    wanted = {is_targeted(_loss_of(attack)) for attack in attacks}
     if len(wanted) > 1:
         raise ValueError("targeted and untargeted attacks have no common goal: combine them apart, or pass loss=")
     return targeted(margin) if wanted.pop() else margin

@@ -1,0 +1,139 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import jaxnets as jn
+from jaxnets.evaluation import InvalidExample, accuracy_interval, evaluate, robustness_curve, table, verify
+
+KEY = jax.random.key(0)
+THREAT = jn.Linf(0.1)
+
+
+def model(x):
+    """Two classes by the mean of a row: class 1 above one half."""
+    lead = 10 * (jnp.mean(x, axis=1) - 0.5)
+    return jnp.stack([-lead, lead], axis=1)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.15, 0.85, (43, 1)).astype(np.float32) + rng.uniform(-0.1, 0.1, (43, 6)).astype(np.float32)
+    y = (x.mean(1) > 0.5).astype(np.int32)
+    y[:5] = 1 - y[:5]  # five rows are wrong without an attack
+    return x, y
+
+
+FGSM = partial(jn.attacks.fgsm, threat=THREAT, loss=jn.losses.margin)
+PGD = partial(jn.attacks.pgd, threat=THREAT, loss=jn.losses.margin, steps=5)
+
+
+def test_accuracies_are_the_known_ones(rows):
+    x, y = rows
+    report = evaluate(KEY, model, x, y, {"fgsm": FGSM, "pgd": PGD}, threat=THREAT, batch_size=8)
+    lead = (2 * y - 1) * (x.mean(1) - 0.5)
+    np.testing.assert_array_equal(report.survived["clean"], lead > 0)
+    np.testing.assert_array_equal(report.survived["fgsm"], lead > 0.1)  # the mean can move by epsilon
+    assert report.accuracies()["clean"] == 38 / 43
+    assert list(report.accuracies()) == ["clean", "fgsm", "pgd", "worst case"]
+
+
+def test_the_worst_case_is_pointwise(rows):
+    x, y = rows
+    halves = [lambda k, f, x, t, side=side: x + jnp.where((x[:, :1] > 0.5) == side, 0.1, 0.0) for side in (True, False)]
+    everywhere = partial(evaluate, KEY, lambda x: model(jnp.round(x, 1)), x, y)
+    report = everywhere({"low": halves[1], "high": halves[0]}, threat=jn.Linf(0.1, 0.0, 2.0))
+    both = report.survived["clean"] & report.survived["low"] & report.survived["high"]
+    np.testing.assert_array_equal(report.with_worst_case()["worst case"], both)
+    assert both.sum() < min(report.survived["low"].sum(), report.survived["high"].sum())
+
+
+def test_rows_wrong_without_an_attack_do_not_survive_and_stay_as_they_are(rows):
+    x, y = rows
+    harmless = {"none": lambda key, logits_fn, x, target: x + 0.05}
+    report = evaluate(KEY, lambda x: jnp.stack([x[:, 0] * 0, x[:, 0] * 0 + 1], 1), x, y, harmless, threat=THREAT)
+    np.testing.assert_array_equal(report.survived["none"], y == 1)
+    np.testing.assert_array_equal(report.examples["none"][y == 0], x[y == 0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 43, 500])
+def test_batches_do_not_matter(rows, batch_size):
+    x, y = rows
+    reports = [
+        evaluate(KEY, model, x, y, {"pgd": PGD}, threat=THREAT, batch_size=size, mesh=jn.parallel.data_mesh(devices))
+        for size, devices in ((batch_size, jax.devices()), (20, jax.devices()[:1]))
+    ]
+    np.testing.assert_allclose(reports[0].examples["pgd"], reports[1].examples["pgd"], atol=1e-6)
+    np.testing.assert_array_equal(reports[0].survived["pgd"], reports[1].survived["pgd"])
+
+
+CHEATS = {
+    "leaves the ball": lambda x: x + 0.1001,
+    "leaves the box": lambda x: x - 0.09,
+    "is not finite": lambda x: x.at[0, 0].set(jnp.nan),
+}
+
+
+@pytest.mark.parametrize("what", CHEATS)
+def test_cheating_attacks_are_refused(rows, what):
+    x, y = rows
+    x, y = np.clip(x - x.min(), 0, 0.85), np.ones_like(y)
+    cheat = {"cheat": lambda key, logits_fn, x, target: CHEATS[what](x)}
+    with pytest.raises(InvalidExample, match=f"attack 'cheat': .* {what}"):
+        evaluate(KEY, lambda x: jnp.stack([x[:, 0] * 0, x[:, 0] * 0 + 1], 1), x, y, cheat, threat=THREAT)
+
+
+@pytest.mark.parametrize(("threat", "inside", "outside"), [
+    (jn.Linf(0.4), [0.4, -0.4], [0.40001, 0.0]),
+    (jn.L2(0.5), [0.3, 0.4], [0.3, 0.40001]),
+    (jn.L1(0.5), [0.2, -0.3], [0.2, -0.30001]),
+])  # fmt: skip
+def test_verify_knows_the_norms(threat, inside, outside):
+    x = np.full((1, 2), 0.5)
+    verify("it", x + np.array(inside), x, threat)
+    with pytest.raises(InvalidExample, match="leaves the ball"):
+        verify("it", x + np.array(outside), x, threat)
+
+
+def test_curve_is_one_compilation_and_never_rises(rows):
+    x, y = rows
+    calls = []
+
+    def attack(key, logits_fn, x, target, *, threat):
+        calls.append(1)
+        return jn.attacks.fgsm(key, logits_fn, x, target, threat=threat, loss=jn.losses.margin)
+
+    epsilons = np.linspace(0, 0.3, 7)
+    accuracies = robustness_curve(KEY, model, x, y, attack, threat=THREAT, epsilons=epsilons)
+    assert len(calls) == 1
+    lead = (2 * y - 1) * (x.mean(1) - 0.5)
+    assert (np.diff(accuracies) <= 0).all()
+    np.testing.assert_allclose(accuracies[:3], [(lead > epsilon).mean() for epsilon in epsilons[:3]])
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 10), (10, 10), (7, 10), (887, 1000)])
+def test_interval_is_clopper_pearson(correct, total):
+    reference = stats.binomtest(correct, total).proportion_ci(0.95, method="exact")
+    np.testing.assert_allclose(accuracy_interval(correct, total), (reference.low, reference.high), atol=1e-12)
+
+
+def test_report_prints_a_table(rows):
+    x, y = rows
+    text = str(evaluate(KEY, model, x, y, {"fgsm": FGSM}, threat=THREAT))
+    assert "clean" in text
+    assert "38/43" in text
+    assert "88.37%" in text
+    assert "worst case" in text
+    assert len(table({"clean": [(1, 2), (2, 2)]}, ["one", "two"]).splitlines()) == 3
+
+
+def test_rows_that_do_not_fit_are_refused(rows):
+    x, y = rows
+    with pytest.raises(ValueError, match="43 rows, 42 classes"):
+        evaluate(KEY, model, x, y[:-1], {}, threat=THREAT)
+    with pytest.raises(ValueError, match="at least one"):
+        evaluate(KEY, model, x[:0], y[:0], {}, threat=THREAT)
