@@ -125,7 +125,7 @@ def evaluate(command: Evaluate) -> None:
         run, model = _load(folder, command)
         reports[str(folder)] = report = _attack_hard(command, run, model, str(folder))
         curves[str(folder)] = _curve(run, model)
-        print(f"{folder}: worst case {report.accuracies()['worst case']:.2%}", flush=True)
+        print(f"{folder} in {run.threat}: worst case {report.accuracies()['worst case']:.2%}", flush=True)
     columns = [report.with_worst_case() for report in reports.values()]
     rows = {name: [(int(column[name].sum()), len(column[name])) for column in columns] for name in columns[0]}
     print(table(rows, list(reports)))

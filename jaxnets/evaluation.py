@@ -190,7 +190,7 @@ def table(rows: Mapping[str, list[tuple[int, int]]], columns: list[str] | None =
     heads = columns or [""]
     lines = []
     if columns:
-        lines.append(" " * width + "".join(f"  {head:>38.38}" for head in heads))
+        lines.append(" " * width + "".join(f"  {head[-38:]:>38}" for head in heads))
     lines.append(" " * width + "  accuracy    95% interval     rows" * len(heads))
     for name, cells in rows.items():
         lines.append(f"{name:{width}}" + "".join(_cell(*cell) for cell in cells))

@@ -6,13 +6,15 @@ static.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxnets.types import Array
+
+T = TypeVar("T")
 
 
 class Threat(Protocol):
@@ -67,10 +69,22 @@ def each_row(verb: Callable[..., Array], threat: Threat, *arguments: Array) -> A
     return jax.vmap(verb)(replace(threat, epsilon=epsilon), *arguments)  # pyright: ignore
 
 
-_STATIC = {"static": True}
+def _pytree(cls: type[T]) -> type[T]:
+    """Registers a dataclass as a pytree whose one leaf is ``epsilon``; its other fields are static.
+
+    Not by `jax.tree_util.register_dataclass`: with jax 0.10 the trees of two such classes are equal where their static
+    fields are, and where their hashes collide too a jitted function runs the program of one norm for another.
+    """
+    static = [one.name for one in fields(cls) if one.name != "epsilon"]  # pyright: ignore[reportArgumentType]
+    jax.tree_util.register_pytree_node(
+        cls,
+        lambda threat: ((threat.epsilon,), tuple(getattr(threat, name) for name in static)),
+        lambda values, leaves: cls(*leaves, *values),
+    )
+    return cls
 
 
-@jax.tree_util.register_dataclass
+@_pytree
 @dataclass(frozen=True)
 class Linf:
     """Every coordinate may move by at most epsilon: ``max_i |delta_i| <= epsilon``.
@@ -80,8 +94,8 @@ class Linf:
     """
 
     epsilon: Any
-    lower: float = field(default=0.0, metadata=_STATIC)
-    upper: float = field(default=1.0, metadata=_STATIC)
+    lower: float = 0.0
+    upper: float = 1.0
 
     def project(self, z: Array, x: Array) -> Array:
         return jnp.clip(z, jnp.maximum(x - self.epsilon, self.lower), jnp.minimum(x + self.epsilon, self.upper))
@@ -96,7 +110,7 @@ class Linf:
         return jnp.max(jnp.abs(delta))
 
 
-@jax.tree_util.register_dataclass
+@_pytree
 @dataclass(frozen=True)
 class L2:
     """The Euclidean length of the perturbation is at most epsilon: ``sqrt(sum_i delta_i^2) <= epsilon``.
@@ -106,8 +120,8 @@ class L2:
     """
 
     epsilon: Any
-    lower: float = field(default=0.0, metadata=_STATIC)
-    upper: float = field(default=1.0, metadata=_STATIC)
+    lower: float = 0.0
+    upper: float = 1.0
 
     def project(self, z: Array, x: Array) -> Array:
         """``x + clip(s (z - x))`` to the box, with the largest ``s <= 1`` that stays in the ball."""
@@ -134,7 +148,7 @@ class L2:
         return _length(delta)
 
 
-@jax.tree_util.register_dataclass
+@_pytree
 @dataclass(frozen=True)
 class L1:
     """The absolute changes sum to at most epsilon: ``sum_i |delta_i| <= epsilon``.
@@ -147,9 +161,9 @@ class L1:
     """
 
     epsilon: Any
-    lower: float = field(default=0.0, metadata=_STATIC)
-    upper: float = field(default=1.0, metadata=_STATIC)
-    top: int = field(default=1, metadata=_STATIC)
+    lower: float = 0.0
+    upper: float = 1.0
+    top: int = 1
 
     def project(self, z: Array, x: Array) -> Array:
         """``x + sign(d) max(|d| - t, 0)``, cut to the box, for ``d = z - x`` and the least ``t >= 0`` that fits."""

@@ -285,6 +285,16 @@ def test_epsilon_is_the_only_leaf(cls):
         threat.epsilon = 1.0
 
 
+def test_threats_of_two_norms_are_different_trees():
+    """Were they equal, jit could take the program of one norm for another."""
+    trees = [
+        jax.tree.structure(cls(0.25)) for cls in (*THREATS.values(), partial(jn.L1, top=2), partial(jn.L2, upper=2.0))
+    ]
+    assert len(set(trees)) == len(trees)
+    for number, tree in enumerate(trees):
+        assert [number == other for other in range(len(trees))] == [tree == other for other in trees]
+
+
 @every_threat
 def test_vmap_over_threats_sweeps_epsilon(cls):
     x, z, _ = scene(4, rows=1, dtype=np.float32)

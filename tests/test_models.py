@@ -1,0 +1,353 @@
+"""Layers against JAX's and Flax's own, with all their derivatives; the models' sizes, and their gradients."""
+
+import inspect
+from functools import cache, partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import jaxnets as jn
+from jaxnets.models import layers, lenet
+
+CONVOLUTIONS = {
+    "plain": {"window_strides": (1, 1), "padding": "VALID"},
+    "same": {"window_strides": (1, 1), "padding": "SAME"},
+    "stride": {"window_strides": (2, 2), "padding": [(1, 1), (1, 1)]},
+    "uneven": {"window_strides": (2, 1), "padding": [(0, 2), (1, 0)]},
+    "stride same": {"window_strides": (3, 2), "padding": "SAME"},
+    "dilated": {"window_strides": (1, 2), "padding": "SAME", "rhs_dilation": (2, 1)},
+    "groups": {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 3},
+    "transposed": {"window_strides": (1, 1), "padding": [(2, 2), (2, 2)], "lhs_dilation": (2, 2)},
+}
+every_convolution = pytest.mark.parametrize("name", CONVOLUTIONS)
+
+
+def operands(name, dtype, seed=0):
+    random = np.random.default_rng(seed)
+    groups = CONVOLUTIONS[name].get("feature_group_count", 1)
+    shapes = (2, 7, 6, 3), (3, 2, 3 // groups, 6)
+    return [random.normal(size=shape).astype(dtype) for _ in range(2) for shape in shapes]
+
+
+def ours(name):
+    return partial(layers.conv_general_dilated, **CONVOLUTIONS[name])
+
+
+def theirs(name):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lambda x, k: lax.conv_general_dilated(x, k, **CONVOLUTIONS[name], dimension_numbers=numbers)
+
+
+def derivatives(convolve, name):
+    """Everything that is compared, of one convolution, as one compiled function."""
+
+    def loss(x, k):
+        return jnp.sum(jnp.sin(convolve(x, k)))
+
+    def stack(a):
+        return jnp.stack([a, 2 * a - 1])
+
+    def everything(x, k, x_dot, k_dot):
+        return {
+            "value": convolve(x, k),
+            "gradients": jax.grad(loss, (0, 1))(x, k),
+            "gradient of the input alone": jax.grad(loss, 0)(x, k),
+            "gradient of the kernel alone": jax.grad(loss, 1)(x, k),
+            "jvp": jax.jvp(convolve, (x, k), (x_dot, k_dot)),
+            "jvp of the input": jax.jvp(lambda x: convolve(x, k), (x,), (x_dot,)),
+            "Hessian-vector product": jax.jvp(jax.grad(loss, (0, 1)), (x, k), (x_dot, k_dot)),
+            "Hessian-vector product, reversed": jax.grad(
+                lambda x, k: sum(
+                    jnp.vdot(a, b) for a, b in zip(jax.grad(loss, (0, 1))(x, k), (x_dot, k_dot), strict=True)
+                ),
+                (0, 1),
+            )(x, k),
+            "vmap of inputs": jax.vmap(convolve, (0, None))(stack(x), k),
+            "vmap of kernels": jax.vmap(convolve, (None, 0))(x, stack(k)),
+            "vmap of both": jax.vmap(convolve)(stack(x), stack(k)),
+            "vmapped gradients": jax.vmap(jax.grad(loss, (0, 1)))(stack(x), stack(k)),
+            "gradients for each kernel": jax.vmap(jax.grad(loss, (0, 1)), (None, 0))(x, stack(k)),
+        }
+
+    return jax.jit(everything)
+
+
+@every_convolution
+def test_convolution_and_its_derivatives(name, x64):
+    arguments = operands(name, np.float64)
+    got, expected = (derivatives(f(name), name)(*arguments) for f in (ours, theirs))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), got, expected)
+
+
+@every_convolution
+def test_convolution_in_single_precision(name):
+    x, k, *_ = operands(name, np.float32)
+
+    def value_and_gradients(convolve):
+        return jax.jit(jax.value_and_grad(lambda x, k: jnp.sum(jnp.sin(convolve(x, k))), (0, 1)))(x, k)
+
+    got, expected = value_and_gradients(ours(name)), value_and_gradients(theirs(name))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {np.dtype(np.float32)}
+
+
+def test_flax_convolution_by_ours_is_its_own():
+    x = jnp.asarray(operands("plain", np.float32)[0])
+    for settings_ in ({"padding": "CIRCULAR"}, {"padding": 1, "strides": 2}, {"kernel_dilation": 2}):
+        module = nn.Conv(4, (3, 3), **settings_)
+        variables = module.init(jax.random.key(0), x)
+        np.testing.assert_allclose(
+            layers.Conv(4, (3, 3), **settings_).apply(variables, x), module.apply(variables, x), rtol=1e-5, atol=1e-5
+        )
+
+
+def compiled_loop(convolve, argnum):
+    """The program of a loop whose body takes one gradient of a convolution."""
+    x, k = jnp.ones((4, 8, 8, 16)), jnp.ones((3, 3, 16, 16))
+
+    def body(_, carry):
+        slope = jax.grad(lambda *operands: jnp.sum(convolve(*operands) ** 2), argnum)(*carry)
+        return tuple(a - 1e-3 * slope if place == argnum else a for place, a in enumerate(carry))
+
+    return jax.jit(lambda x, k: lax.fori_loop(0, 5, body, (x, k))).lower(x, k).compile().as_text()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a fact of the CPU backend")
+@pytest.mark.parametrize("argnum", [0, 1], ids=["input", "kernel"])
+def test_gradients_in_loops_are_in_the_form_that_cpus_are_fast_in(argnum):
+    text = compiled_loop(ours("same"), argnum)
+    labels = {
+        line.split("dim_labels=")[1].split(",")[0].split(" ")[0] for line in text.splitlines() if "dim_labels=" in line
+    }
+    fast = {"b01f_01io->b01f"}
+    if labels:
+        assert labels <= fast, labels
+    assert "01oi" not in text
+    plain = compiled_loop(theirs("same"), argnum)
+    assert "dim_labels=" in plain
+    assert any("dim_labels=" in line and "b01f_01io->b01f" not in line for line in plain.splitlines()), (
+        "the fault that this layer works around is gone from XLA"
+    )
+
+
+# Pooling.
+
+
+def pool_input(height, width, dtype=np.float64):
+    """All entries differ: no ties."""
+    random = np.random.default_rng(0)
+    values = np.linspace(-1, 1, 2 * height * width * 3)
+    return random.permutation(values).reshape(2, height, width, 3).astype(dtype)
+
+
+@pytest.mark.parametrize("window", [(2, 2), (3, 2)])
+@pytest.mark.parametrize("size", [(6, 4), (7, 5)])
+@pytest.mark.parametrize("name", ["max_pool", "avg_pool"])
+def test_pooling_and_its_derivatives(name, size, window, x64):
+    x = pool_input(*size)
+    x_dot = np.random.default_rng(1).normal(size=x.shape)
+
+    def everything(pool):
+        def loss(x):
+            return jnp.sum(jnp.sin(3 * pool(x)))
+
+        return jax.jit(
+            lambda x: (
+                pool(x),
+                jax.grad(loss)(x),
+                jax.jvp(pool, (x,), (x_dot,)),
+                jax.jvp(jax.grad(loss), (x,), (x_dot,)),
+                jax.vmap(pool)(jnp.stack([x, -x])),
+            )
+        )(x)
+
+    got = everything(lambda x: getattr(layers, name)(x, window))
+    expected = everything(lambda x: getattr(nn, name)(x, window, strides=window))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), got, expected)
+
+
+def test_ties_share_the_gradient_of_max_pool():
+    x = jnp.array([[1.0, 1.0], [0.0, 1.0]]).reshape(1, 2, 2, 1)
+    gradient = jax.grad(lambda x: layers.max_pool(x).sum())(x)
+    np.testing.assert_allclose(gradient.reshape(2, 2), [[1 / 3, 1 / 3], [0, 1 / 3]], rtol=1e-6)
+
+
+def test_a_window_larger_than_the_image_raises():
+    with pytest.raises(ValueError, match="1x4 holds no pooling window of 2x2"):
+        layers.max_pool(jnp.zeros((1, 1, 4, 1)))
+
+
+# Models.
+
+MODELS = {
+    "LeNet5": (lenet.LeNet5(), 60_000),
+    "LeNet5.modern": (lenet.LeNet5.modern(), 61_706),
+    "SmallCNN": (jn.models.SmallCNN(), 166_406),
+    "MadryCNN": (jn.models.MadryCNN(), 3_274_634),
+    "MLP": (jn.models.MLP((20,)), 784 * 20 + 20 + 20 * 10 + 10),
+}
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_counts(name):
+    module, expected = MODELS[name]
+    net = jn.from_linen(module)
+    params, stats = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((2, 28, 28, 1)))
+    assert count(params) == expected
+    assert count(stats) == 0
+    assert jax.eval_shape(net.infer, params, stats, jnp.zeros((3, 28, 28, 1))).shape == (3, 10)
+
+
+def test_sparse_layer_is_the_table_of_the_paper():
+    x = jnp.zeros((1, 14, 14, 6))
+    module = lenet.SparseC3()
+    params = module.init(jax.random.key(0), x)["params"]
+    assert count(params) == 1516
+    # A change of map i reaches exactly the outputs that see it.
+    reached = np.array(
+        [np.abs(module.apply({"params": params}, x.at[..., i].set(1.0))).max(axis=(0, 1, 2)) > 0 for i in range(6)]
+    )
+    np.testing.assert_array_equal(reached, [[i in seen for seen in lenet._C3_SEES] for i in range(6)])
+    assert [len(seen) for seen in lenet._C3_SEES] == [3] * 6 + [4] * 9 + [6]
+    # Six runs of three, six runs of four, and every map is seen equally often by each kind.
+    assert {sum(i in seen for seen in lenet._C3_SEES) for i in range(6)} == {10}
+
+
+def test_output_of_lenet_is_half_the_squared_distance():
+    drawings = -jax.vmap(jax.grad(lambda x, k: lenet.EuclideanRBF().apply({}, x[None])[0, k]), (None, 0))(
+        jnp.zeros(84), jnp.arange(10)
+    )
+    assert set(np.unique(drawings)) == {-1.0, 1.0}
+    assert len(np.unique(drawings, axis=0)) == 10
+    x = jax.random.normal(jax.random.key(0), (3, 84))
+    logits = lenet.EuclideanRBF().apply({}, x)
+    sign = 1 if np.allclose(logits, -0.5 * ((x[:, None] + drawings) ** 2).sum(-1), rtol=1e-4) else -1
+    np.testing.assert_allclose(logits, -0.5 * ((x[:, None] + sign * drawings) ** 2).sum(-1), rtol=1e-4)
+    assert sign == 1 or lenet.EuclideanRBF().apply({}, drawings).argmax() == 0
+
+
+@pytest.mark.parametrize("side", [27, 31])
+def test_lenet_takes_no_small_images(side):
+    with pytest.raises(ValueError, match=f"got {side}x{side}"):
+        lenet.LeNet5().init(jax.random.key(0), jnp.zeros((1, side, side, 1)))
+
+
+def test_initial_values_as_published():
+    params = jn.models.MadryCNN().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    for layer in params.values():
+        np.testing.assert_allclose(layer["bias"], 0.1, rtol=1e-6)
+        kernel = np.asarray(layer["kernel"])
+        assert np.abs(kernel).max() <= 0.2 / 0.87962566 + 1e-6
+    assert abs(np.std(params["Dense_0"]["kernel"]) - 0.1) < 0.02
+
+
+# Gradients of whole networks, small, in double precision.
+
+SMALL = {
+    "LeNet5": (lenet.LeNet5(), (2, 28, 28, 1)),
+    "LeNet5.modern": (lenet.LeNet5.modern(), (2, 28, 28, 1)),
+    "SmallCNN": (jn.models.SmallCNN(), (2, 8, 8, 1)),
+    "MadryCNN": (jn.models.MadryCNN(), (1, 4, 4, 1)),
+    "MLP": (jn.models.MLP((20, 10)), (2, 5)),
+}
+
+
+@cache
+def loss_and_slope(name):
+    """``(t, slope at t)`` of the loss along a line in parameters and input, compiled once a model."""
+    module, shape = SMALL[name]
+    net = jn.from_linen(module)
+    params, stats = jax.jit(net.init)(jax.random.key(0), jnp.zeros(shape))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    random = np.random.default_rng(0)
+    x = random.uniform(0.2, 0.8, size=shape)
+    y = random.integers(0, 10, shape[0])
+
+    def loss(params, x):
+        return jnp.sum(jn.losses.cross_entropy(net.infer(params, stats, x), y))
+
+    def along(params_dot, x_dot, t):
+        point = jax.tree.map(lambda a, d: a + t * d, (params, x), (params_dot, x_dot))
+        value, gradient = jax.value_and_grad(loss, (0, 1))(*point)
+        slopes = jax.tree.map(jnp.vdot, gradient, (params_dot, x_dot))
+        return value, sum(jax.tree.leaves(slopes))
+
+    return jax.jit(along), params, x
+
+
+@pytest.mark.parametrize("name", SMALL)
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_directional_derivatives_of_models(name, seed):
+    with jax.enable_x64(True):
+        along, params, x = loss_and_slope(name)
+        random = np.random.default_rng(seed)
+        # One leaf at a time has a direction of its own size, so that none hides behind another.
+        directions = jax.tree.map(lambda leaf: random.normal(size=leaf.shape) / np.sqrt(leaf.size), (params, x))
+        h = 1e-6
+        (ahead, _), (value, slope), (behind, _) = (along(*directions, np.float64(t)) for t in (h, 0.0, -h))
+        if abs(ahead + behind - 2 * value) < 1e-9 * (1 + abs(value)):  # no unit switched on the way
+            np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), rtol=2e-5, atol=1e-6)
+        else:
+            np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), rtol=1e-1)
+
+
+def test_computation_in_half_precision_keeps_parameters_in_single():
+    for model in (jn.models.MadryCNN, jn.models.SmallCNN, partial(jn.models.MLP, (4,))):
+        net = jn.from_linen(model(dtype=jnp.bfloat16))
+        params, stats = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+        assert jax.eval_shape(net.infer, params, stats, jnp.zeros((1, 8, 8, 1))).dtype == jnp.bfloat16
+
+
+# From Flax to pure functions.
+
+
+class Noisy(nn.Module):
+    """Takes Flax's argument ``deterministic``."""
+
+    @nn.compact
+    def __call__(self, x, deterministic=True):
+        return nn.Dropout(0.5, deterministic=deterministic)(nn.Dense(6)(x))
+
+
+class Trained(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dropout(0.5, deterministic=not train)(nn.Dense(6)(x))
+
+
+@pytest.mark.parametrize("module", [Noisy(), Trained()], ids=["deterministic", "train"])
+def test_dropout_is_on_in_training_alone(module):
+    assert {"deterministic", "train"} & set(inspect.signature(type(module).__call__).parameters)
+    net, x = jn.from_linen(module), jnp.ones((4, 3))
+    params, stats = net.init(jax.random.key(0), x)
+    assert stats == {}
+    sure = net.infer(params, stats, x)
+    np.testing.assert_array_equal(sure, net.logits_fn(params, stats)(x))
+    one, two, again = (net.train(params, stats, x, jax.random.key(seed))[0] for seed in (1, 2, 1))
+    np.testing.assert_array_equal(one, again)
+    assert (one != two).any()
+    dropped = np.asarray(one) == 0
+    assert 0 < dropped.sum() < dropped.size
+    np.testing.assert_allclose(np.asarray(one)[~dropped], 2 * np.asarray(sure)[~dropped], rtol=1e-6)
+
+
+def test_a_classifier_without_parameters():
+    class Nothing(nn.Module):
+        def __call__(self, x):
+            return x
+
+    net = jn.from_linen(Nothing())
+    assert net.init(jax.random.key(0), jnp.ones((2, 3))) == ({}, {})
+    np.testing.assert_array_equal(net.infer({}, {}, jnp.ones((2, 3))), jnp.ones((2, 3)))
