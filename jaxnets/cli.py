@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ ThreatName = Literal["linf", "l2", "l1"]
 AttackName = Literal["pgd", "fgsm"]
 StartName = Literal["uniform", "uniform_unclipped", "at_clean"]
 OptimizerName = Literal["adamw", "sgd", "lion"]
-ScheduleName = Literal["cosine", "triangular", "constant"]
+ScheduleName = Literal["triangular", "cosine", "constant"]
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,16 @@ class Train:
     """Steps of pgd in training."""
     start: StartName = "uniform"
     """Where the attack of training starts: in ball and box, in the ball, or at the clean point."""
-    epochs: int = 100
-    """Passes over the training rows."""
+    epochs: int | None = None
+    """Passes over the training rows; unless given 100 for digits, else 10."""
     batch_size: int = 64
     """Rows a step, over all devices."""
     optimizer: OptimizerName = "adamw"
     """From optax; sgd has Nesterov momentum 0.9."""
-    learning_rate: float = 1e-2
-    """The highest; the default suits digits and small_cnn."""
-    schedule: ScheduleName = "cosine"
-    """The learning rate over the run: falls by a cosine, rises to 2/5 and falls, or stays."""
+    learning_rate: float | None = None
+    """The highest; unless given 0.01 for digits, else 0.001."""
+    schedule: ScheduleName = "triangular"
+    """The learning rate over the run: rises for two fifths and falls, falls by a cosine, or stays."""
     weight_decay: float = 0.0
     """Decoupled, times the learning rate."""
     label_smoothing: float = 0.0
@@ -101,6 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command. Impossible wishes get one line on standard error and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = _parse(arguments)
+    _show_messages()
     from jaxnets import commands  # here, because help need not wait for jax
 
     try:
@@ -125,10 +127,15 @@ def _parse(arguments: list[str]) -> Train | Evaluate:
     raise AssertionError("unreachable")
 
 
+def _show_messages() -> None:
+    """The library's own messages (preparing data, a damaged checkpoint) go to standard error."""
+    logging.basicConfig(format="jaxnets: %(message)s")
+    logging.getLogger("jaxnets").setLevel(logging.INFO)
+
+
 def _one_line(box: str) -> str:
     """The message in the box that tyro draws."""
-    body = box.split("───── ")[-1] if "╭" not in box else box
-    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in body.splitlines()[1:]]
+    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()[1:]]
     message = " ".join(line for line in lines if line)
     return re.sub(r"\s*(For full helptext, (?:run|see))", r"; \1", message)
 

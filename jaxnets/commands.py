@@ -66,6 +66,14 @@ SCHEDULES: dict[str, Callable[[float, int], Any]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Settled(Train):
+    """A training whose every number is known."""
+
+    epochs: int = 0
+    learning_rate: float = 0.0
+
+
 class Run(NamedTuple):
     """What a configuration stands for. ``x`` and ``y`` are the test rows that evaluation attacks."""
 
@@ -81,6 +89,7 @@ class Run(NamedTuple):
 
 def train(command: Train) -> None:
     """Trains, evaluates, draws; all of it into the run's folder."""
+    command = _settled(command)
     _check_train(command)
     run = _build(command)
     folder = command.out or Path("runs") / (
@@ -136,7 +145,14 @@ def evaluate(command: Evaluate) -> None:
     print(f"written: {out}/evaluation.json, evaluation.png")
 
 
-def _build(command: Train) -> Run:
+def _settled(command: Train) -> Settled:
+    """What depends on the data, filled in: few small images bear many passes and a high rate."""
+    epochs, learning_rate = (100, 1e-2) if command.data == "digits" else (10, 1e-3)
+    given = {name: value for name, value in dataclasses.asdict(command).items() if value is not None}
+    return Settled(**{"epochs": epochs, "learning_rate": learning_rate, **given})
+
+
+def _build(command: Settled) -> Run:
     dataset = data.load(command.data, command.data_dir)
     net = from_linen(MODELS[command.model](len(dataset.classes)))
     init_key, train_key, attack_key = jax.random.split(jax.random.key(command.seed), 3)
@@ -175,7 +191,7 @@ def _load(folder: Path, command: Evaluate) -> tuple[Run, Any]:
         raise ValueError(f"{folder} is no run: it has no config.json. A run is a folder written by jaxnets train")
     try:
         values = json.loads(saved.read_text())["config"]
-        trained = Train(**{name: value for name, value in values.items() if name not in ("data_dir", "out")})
+        trained = _settled(Train(**{name: value for name, value in values.items() if name not in ("data_dir", "out")}))
         _check_train(trained)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{saved} is damaged or of another version ({error}): train the run again") from error
@@ -188,7 +204,7 @@ def _load(folder: Path, command: Evaluate) -> tuple[Run, Any]:
     return run, run.net.logits_fn(*jax.tree.map(jnp.asarray, (state.params, state.stats)))
 
 
-def _claim(folder: Path, command: Train) -> None:
+def _claim(folder: Path, command: Settled) -> None:
     """Writes the configuration into a new folder, or checks that the folder is of the same run."""
     config = json.loads(json.dumps(dataclasses.asdict(command), default=str))
     saved = folder / "config.json"
@@ -207,7 +223,7 @@ def _claim(folder: Path, command: Train) -> None:
         raise ValueError(f"{folder} holds another run ({said}): choose another --out, or delete it")
 
 
-def _draw(folder: Path, command: Train, run: Run, model: Any, report: Report) -> None:
+def _draw(folder: Path, command: Settled, run: Run, model: Any, report: Report) -> None:
     per_epoch = data.steps_per_epoch(len(run.dataset.train.labels), command.batch_size)
     plots.training_curves(
         folder / "curves.png", list(read_metrics(folder / "metrics.jsonl")), steps_per_epoch=per_epoch
@@ -241,7 +257,7 @@ def _smoothed(amount: float, classes: int) -> Loss:
     return loss
 
 
-def _describe(command: Train, run: Run) -> str:
+def _describe(command: Settled, run: Run) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
     against = f" against {command.attack} in {run.threat}" if command.objective == "adversarial" else ""
     rows = f"{len(run.dataset.train.labels)} rows of {command.data}"
@@ -251,7 +267,7 @@ def _describe(command: Train, run: Run) -> str:
     )
 
 
-def _check_train(command: Train) -> None:
+def _check_train(command: Settled) -> None:
     _check_at_least(command, epsilon=0, steps=1, epochs=1, batch_size=1, weight_decay=0, evaluate_every=1, examples=1)
     if not command.learning_rate > 0:
         raise ValueError(f"--learning-rate must be above 0, got {command.learning_rate}")

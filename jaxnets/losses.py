@@ -159,4 +159,5 @@ def _pick(values: Array, classes: Array) -> Array:
 
 def _best_other(logits: Array, classes: Array) -> Array:
     is_class = jnp.arange(logits.shape[-1]) == classes[..., None]
-    return jnp.max(jnp.where(is_class, -jnp.inf, logits), axis=-1)
+    # By place, not by `jnp.max`, whose gradient is lost where a compiler computes logits and maximum in different ways.
+    return _pick(logits, jnp.argmax(jnp.where(is_class, -jnp.inf, logits), axis=-1))

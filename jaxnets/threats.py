@@ -75,12 +75,13 @@ def _pytree(cls: type[T]) -> type[T]:
     Not by `jax.tree_util.register_dataclass`: with jax 0.10 the trees of two such classes are equal where their static
     fields are, and where their hashes collide too a jitted function runs the program of one norm for another.
     """
-    static = [one.name for one in fields(cls) if one.name != "epsilon"]  # pyright: ignore[reportArgumentType]
-    jax.tree_util.register_pytree_node(
-        cls,
-        lambda threat: ((threat.epsilon,), tuple(getattr(threat, name) for name in static)),
-        lambda values, leaves: cls(*leaves, *values),
-    )
+    make: Any = cls
+    static = [one.name for one in fields(make) if one.name != "epsilon"]
+
+    def flatten(threat: Any):
+        return (threat.epsilon,), tuple(getattr(threat, name) for name in static)
+
+    jax.tree_util.register_pytree_node(cls, flatten, lambda values, leaves: make(*leaves, *values))
     return cls
 
 

