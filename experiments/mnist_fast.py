@@ -1,7 +1,19 @@
 """One-step adversarial training of a small network on MNIST.
 
 Claim (Wong et al. 2020, https://arxiv.org/abs/2001.03994): FGSM with a random start trains as robust a network as PGD
-does, at a fraction of the cost. Published, one checkpoint: clean 98.50, PGD-50 with 10 restarts 88.77.
+does, at a fraction of the cost.
+
+Command: ``python -m experiments.mnist_fast`` (three seeds); ``--attack pgd --start clipped --peak 2e-3 --epochs 12
+--seeds 0`` for training against PGD-7. Hardware: two CPU cores, shared with other work while these ran.
+
+Accuracy on all 10,000 test images, PGD-50 of step 0.01 with 10 restarts, epsilon 0.3:
+
+| training              | seed | clean | PGD-50x10 | minutes: training, attack |
+|-----------------------|------|-------|-----------|---------------------------|
+| FGSM, random start    | 0    | 98.27 | 79.85     | 2.1, 7.5                  |
+|                       | 1    | 98.31 | 79.95     | 1.7, 11.1                 |
+|                       | 2    | 97.94 | 78.78     | 1.8, 6.5                  |
+| Published, one network|      | 98.50 | 88.77     |                           |
 """
 
 import dataclasses
@@ -37,18 +49,27 @@ def torch_default(key: jax.Array, params: Params) -> Params:
     return drawn
 
 
+def kernels_and_biases(kernels: Params, biases: Params) -> Params:
+    return {name: {"kernel": kernels[name]["kernel"], "bias": biases[name]["bias"]} for name in kernels}
+
+
 INITIALISERS: dict[str, Callable[[jax.Array, Params], Params]] = {
     "torch": torch_default,
-    "torch_kernels": lambda key, params: {
-        name: {**layer, "bias": 0 * layer["bias"]} for name, layer in torch_default(key, params).items()
-    },
+    "torch_kernels": lambda key, params: kernels_and_biases(torch_default(key, params), params),
+    "torch_biases": lambda key, params: kernels_and_biases(params, torch_default(key, params)),
     "lecun": lambda key, params: params,
 }
 STARTS = {"unclipped": jn.attacks.uniform_unclipped, "clipped": jn.attacks.uniform}
-ATTACKS: dict[str, Callable[[Callable], Callable]] = {
-    "fgsm": lambda start: partial(jn.attacks.fgsm, threat=jn.Linf(EPSILON), step_size=1.25 * EPSILON, start=start),
-    "pgd": lambda start: partial(jn.attacks.pgd, threat=jn.Linf(EPSILON), steps=7, step_size=0.1, start=start),
+ATTACKS: dict[str, Callable[[Callable, float], Callable]] = {
+    "fgsm": lambda start, epsilon: partial(
+        jn.attacks.fgsm, threat=jn.Linf(epsilon), step_size=1.25 * epsilon, start=start
+    ),
+    "pgd": lambda start, epsilon: partial(
+        jn.attacks.pgd, threat=jn.Linf(epsilon), steps=7, step_size=epsilon / 3, start=start
+    ),
 }
+WARM_UP = {"fgsm": (), "pgd": (0.1, 0.2)}
+"""An epoch at each of these comes first: against PGD at 0.3 from the first step, training stays at a constant."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +78,12 @@ class Settings:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     attack: Literal["fgsm", "pgd"] = "fgsm"
-    """What the network is trained against: one step of 1.25 epsilon, or seven of 0.1."""
+    """What the network is trained against: one step of 1.25 epsilon, or seven of a third of it."""
     start: Literal["unclipped", "clipped"] = "unclipped"
     """Whether the random start is cut to the box before the gradient; the published MNIST code does not."""
-    init: Literal["torch", "torch_kernels", "lecun"] = "torch"
-    """How weights start: as PyTorch does, as published; the same with zero biases; LeCun's normal with zero biases."""
+    init: Literal["torch", "torch_kernels", "torch_biases", "lecun"] = "torch"
+    """How weights start: kernels and biases as PyTorch does, as published; or the other, or both, as Flax does: by
+    LeCun's normal and at zero."""
     epochs: int = 10
     peak: float = 5e-3
     """The highest learning rate of the triangle."""
@@ -81,7 +103,8 @@ def main(settings: Settings) -> list[dict[str, float]]:
     data = jn.data.load("digits" if settings.smoke else "mnist", settings.data_dir)
     results = []
     for seed in settings.seeds:
-        folder = settings.out / f"{settings.attack}-{settings.start}-{settings.init}-{settings.epochs}" / str(seed)
+        name = f"{settings.attack}-{settings.start}-{settings.init}-{settings.epochs}-{settings.peak:g}"
+        folder = settings.out / name / str(seed)
         record = folder / f"result-{settings.rows}-{settings.restarts}.json"
         if not record.exists():
             record.parent.mkdir(parents=True, exist_ok=True)
@@ -102,8 +125,10 @@ def run(settings: Settings, data: jn.data.Dataset, seed: int, folder: Path) -> d
     params, stats = net.init(init_key, x[:1])
     params = INITIALISERS[settings.init](init_key, params)
     total = settings.epochs * jn.data.steps_per_epoch(len(data.train.labels), 100)
-    optimizer = optax.adam(jn.optimizers.triangular(settings.peak, total))
-    objective = jn.objectives.adversarial(net, ATTACKS[settings.attack](STARTS[settings.start]))
+
+    def objective(epsilon: float):
+        return jn.objectives.adversarial(net, ATTACKS[settings.attack](STARTS[settings.start], epsilon))
+
     strong = partial(jn.attacks.pgd, threat=jn.Linf(EPSILON), steps=50, step_size=0.01)
 
     def watch(state: jn.training.TrainState) -> dict[str, float]:
@@ -114,9 +139,22 @@ def run(settings: Settings, data: jn.data.Dataset, seed: int, folder: Path) -> d
         return {"clean": report.accuracies()["clean"], "pgd-50 on 500": report.accuracies()["pgd"]}
 
     began = time.monotonic()
+    for epsilon in WARM_UP[settings.attack]:
+        optimizer, place = optax.adam(1e-3), folder / f"epsilon-{epsilon}"
+        state = jn.training.init_state(train_key, params, stats, optimizer)
+        state = jn.fit.fit(objective(epsilon), optimizer, state, data.train, folder=place, epochs=1, batch_size=100)
+        params, stats = state.params, state.stats
+    optimizer = optax.adam(jn.optimizers.triangular(settings.peak, total))
     state = jn.training.init_state(train_key, params, stats, optimizer)
     state = jn.fit.fit(
-        objective, optimizer, state, data.train, folder=folder, epochs=settings.epochs, batch_size=100, evaluate=watch
+        objective(EPSILON),
+        optimizer,
+        state,
+        data.train,
+        folder=folder,
+        epochs=settings.epochs,
+        batch_size=100,
+        evaluate=watch,
     )
     trained = time.monotonic()
     attack = jn.attacks.restarts(strong, settings.restarts)

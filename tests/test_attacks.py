@@ -35,7 +35,7 @@ def rows_and_weights(seed, n, rows=6, classes=2):
 
 
 @every_threat
-@pytest.mark.parametrize(("seed", "n"), [(0, 2), (1, 10), (2, 100), (3, 784)])
+@pytest.mark.parametrize(("seed", "n"), [(0, 2), (1, 10), (3, 784)])
 def test_gain_on_a_linear_model(cls, seed, n):
     x, y, weights = rows_and_weights(seed, n)
     epsilon, logits_fn = 0.5, Partial(linear, jnp.asarray(weights, jnp.float32))

@@ -220,7 +220,7 @@ def test_size_is_the_norm(cls, seed):
 
 @every_threat
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])
-@pytest.mark.parametrize("x", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("x", [0.0, 0.5])
 def test_derivatives_at_zero_are_finite(cls, epsilon, x):
     threat, x, zero = cls(epsilon), jnp.full(3, x), jnp.zeros(3)
     for function, point in [
@@ -256,7 +256,7 @@ def test_gradient_of_projection_is_that_of_differences(cls, seed):
 
 @every_threat
 def test_a_radius_a_row(cls):
-    x, z, epsilon = scene(2, dtype=np.float32)
+    x, z, epsilon = scene(2, rows=4, dtype=np.float32)
     threat = cls(jnp.asarray(epsilon), **FACES)
     together = each_row(cls.project, threat, z, x)
     alone = [cls(e, **FACES).project(z_i, x_i) for e, z_i, x_i in zip(epsilon, z, x, strict=True)]
