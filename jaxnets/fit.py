@@ -193,8 +193,9 @@ class Progress:
         else:
             self._done += 1
             # Single batches jump about: a running mean over some fifty of them is readable.
+            weight = max(0.02, 1 / (self._done - self._first))
             for name, value in values.items():
-                self._recent[name] = 0.98 * self._recent.get(name, value) + 0.02 * value
+                self._recent[name] = (1 - weight) * self._recent.get(name, value) + weight * value
         text = {name: f"{value:.3f}" for name, value in {**self._recent, **self._shown}.items()}
         if self._bar is not None:
             self._bar.set_postfix(text, refresh=False)

@@ -14,7 +14,7 @@ import pytest
 
 import jaxnets as jn
 from jaxnets.data import Split
-from jaxnets.fit import MetricsLog, fit, read_metrics
+from jaxnets.fit import MetricsLog, Progress, fit, read_metrics
 
 OPTIMIZER = optax.sgd(0.05, momentum=0.9)
 
@@ -175,3 +175,14 @@ def test_a_killed_command_continues_bit_for_bit(tmp_path):
     digests = [(folder / "checkpoints/264/digest/metadata").read_bytes() for folder in (whole, killed)]
     assert digests[0] == digests[1]
     assert (killed / "report.json").read_bytes() == (whole / "report.json").read_bytes()
+
+
+def test_progress_shows_values_speed_and_time_left(capsys):
+    with Progress(first=0, total=40, per_epoch=10, batch_size=8) as progress:
+        for step in range(20):
+            progress.show({"loss": 1.0 if step < 10 else 3.0})
+        progress.show({"clean": 0.75}, evaluated=True)
+    line = capsys.readouterr().out
+    assert line.startswith("epoch 2.0/4  loss 2.000  clean 0.750")
+    assert "ex/s" in line
+    assert "s left" in line
