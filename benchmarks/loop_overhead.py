@@ -1,6 +1,11 @@
 """What a compiled attack costs beyond its gradients: the time of PGD-K over K times that of one jitted input gradient.
 
-Command: ``python -m benchmarks.loop_overhead``
+Command: ``python -m benchmarks.loop_overhead``. Two CPU cores, jax 0.10.2, two runs:
+
+| network                            | one gradient | PGD-10 over 10 gradients |
+|------------------------------------|--------------|--------------------------|
+| MadryCNN, 28x28x1, batch 128       | 49, 54 ms    | 0.99, 0.95               |
+| residual stack, 32x32x16, batch 64 | 30, 30 ms    | 0.97, 1.00               |
 """
 
 import statistics

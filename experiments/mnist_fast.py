@@ -1,19 +1,28 @@
-"""One-step adversarial training of a small network on MNIST.
+"""One-step adversarial training of a small network on MNIST: as robust as the published network with luck alone.
 
 Claim (Wong et al. 2020, https://arxiv.org/abs/2001.03994): FGSM with a random start trains as robust a network as PGD
 does, at a fraction of the cost.
 
-Command: ``python -m experiments.mnist_fast`` (three seeds); ``--attack pgd --start clipped --peak 2e-3 --epochs 12
---seeds 0`` for training against PGD-7. Hardware: two CPU cores, shared with other work while these ran.
+Command: ``python -m experiments.mnist_fast`` for three seeds, with ``--rows 1000 --seeds 3 4 5 6 7 8 9`` for the
+others, and ``--attack pgd --start clipped --peak 2e-3 --epochs 12 --seeds 0`` for training against PGD-7.
+Hardware: two CPU cores that other work shared while these ran (which the minutes show).
 
-Accuracy on all 10,000 test images, PGD-50 of step 0.01 with 10 restarts, epsilon 0.3:
+Accuracy in percent under PGD-50 (step 0.01, 10 restarts, epsilon 0.3), weights started as PyTorch does:
 
-| training              | seed | clean | PGD-50x10 | minutes: training, attack |
-|-----------------------|------|-------|-----------|---------------------------|
-| FGSM, random start    | 0    | 98.27 | 79.85     | 2.1, 7.5                  |
-|                       | 1    | 98.31 | 79.95     | 1.7, 11.1                 |
-|                       | 2    | 97.94 | 78.78     | 1.8, 6.5                  |
-| Published, one network|      | 98.50 | 88.77     |                           |
+| training             | seeds | rows   | clean               | PGD-50x10                         | min: train, attack |
+|----------------------|-------|--------|---------------------|-----------------------------------|--------------------|
+| FGSM, random start   | 0-2   | 10,000 | 98.27, 98.31, 97.94 | 79.85, 79.95, 78.78               | 1.7-2.1, 6.5-11.1  |
+| FGSM, random start   | 3-9   | 1,000  | 97.8-99.0           | 82.5 85.2 11.7 34.9 0.0 85.6 88.7 | 1.2, 0.7           |
+| PGD-7, epsilon rises | 0     | 10,000 | 97.53               | 89.05                             | 7.2, 6.5           |
+| Published FGSM, one  |       | 10,000 | 98.50               | 88.77                             |                    |
+
+What decides is not the arithmetic but the run. Three of ten seeds overfit catastrophically, the others end between 79
+and 89. The published weights score 88.4 on the same 1,000 rows under this attack, so the attack is as strong. The same
+recipe in PyTorch gave 87.0, 85.7 and 82.3 with its seeds 0-2 (1,000 rows), and this training step fed with PyTorch's
+initial weights, order and noise of seed 0 repeats the loss of its last epoch (0.1303 against 0.1306). With other noise
+seeds 5 and 7 fall again (0.0 and 27.9, 3 restarts). Biases seem to matter: with zero biases, Flax's default, LeCun's
+kernels left 87.8, 56.4 and 0.0 (seeds 0-2, 1,000 rows, one restart), and PyTorch's own run of seed 0 fell to 0.0. Not
+run over ten seeds: ``--init torch_kernels``, ``--init torch_biases``, ``--init lecun``, ``--start clipped``.
 """
 
 import dataclasses
