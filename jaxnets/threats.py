@@ -51,6 +51,15 @@ class Threat(Protocol):
         ...
 
 
+def check_one_a_row(x: Array, **values: Any) -> None:
+    """Raises ValueError unless every one of ``values`` is a scalar or ``[B]``."""
+    for name, value in values.items():
+        if jnp.shape(value) not in ((), (len(x),)):
+            raise ValueError(
+                f"{name} must be a scalar or have one entry for each of the {len(x)} rows, got {jnp.shape(value)}"
+            )
+
+
 def each_row(verb: Callable[..., Array], threat: Threat, *arguments: Array) -> Array:
     """Applies ``verb(threat, ...)`` to every row of ``arguments[B, ...]``; ``epsilon`` is a scalar or ``[B]``.
 
@@ -61,11 +70,8 @@ def each_row(verb: Callable[..., Array], threat: Threat, *arguments: Array) -> A
     >>> each_row(Linf.project, Linf(jnp.array([0.1, 0.2])), x + 1, x)[:, 0]
     Array([0.1, 0.2], dtype=float32)
     """
-    rows = len(arguments[0])
-    epsilon = jnp.asarray(threat.epsilon)
-    if epsilon.shape not in ((), (rows,)):
-        raise ValueError(f"epsilon must be a scalar or have one entry for each of the {rows} rows, got {epsilon.shape}")
-    epsilon = jnp.broadcast_to(epsilon.astype(arguments[-1].dtype), (rows,))
+    check_one_a_row(arguments[0], epsilon=threat.epsilon)
+    epsilon = jnp.broadcast_to(jnp.asarray(threat.epsilon, arguments[-1].dtype), len(arguments[0]))
     return jax.vmap(verb)(replace(threat, epsilon=epsilon), *arguments)  # pyright: ignore
 
 

@@ -42,15 +42,6 @@ def check_rows(x: Array, target: Array) -> None:
         )
 
 
-def check_one_a_row(x: Array, **values: Any) -> None:
-    """Raises ValueError unless every one of ``values`` is a scalar or ``[B]``."""
-    for name, value in values.items():
-        if jnp.shape(value) not in ((), (len(x),)):
-            raise ValueError(
-                f"{name} must be a scalar or have one entry for each of the {len(x)} rows, got {jnp.shape(value)}"
-            )
-
-
 def checked_logits(logits: Array, x: Array) -> Array:
     """The logits in at least single precision. Raises ValueError unless they are ``[B, K]``."""
     if logits.ndim != 2 or len(logits) != len(x):

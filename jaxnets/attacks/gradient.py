@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.calling import as_pytree, check_one_a_row, check_rows, checked_logits, row_keys
+from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
 from jaxnets.attacks.ranking import better, candidate, nothing_yet
 from jaxnets.attacks.start import Start, at_clean, uniform
 from jaxnets.losses import cross_entropy
-from jaxnets.threats import Threat, each_row
+from jaxnets.threats import Threat, check_one_a_row, each_row
 from jaxnets.types import Array, LogitsFn, Loss
 
 
