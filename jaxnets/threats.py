@@ -75,6 +75,11 @@ def each_row(verb: Callable[..., Array], threat: Threat, *arguments: Array) -> A
     return jax.vmap(verb)(replace(threat, epsilon=epsilon), *arguments)  # pyright: ignore
 
 
+def sizes(threat: Threat, x_adv: Array, x: Array) -> Array:
+    """The size of every row's perturbation, ``[B]``, for ``x_adv[B, ...]`` and ``x[B, ...]``."""
+    return jax.vmap(threat.size)(x_adv - x)
+
+
 def _pytree(cls: type[T]) -> type[T]:
     """Registers a dataclass as a pytree whose one leaf is ``epsilon``; its other fields are static.
 

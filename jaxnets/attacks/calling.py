@@ -27,9 +27,9 @@ def row_keys(key: Array, rows: int) -> Array:
     return key
 
 
-def as_pytree(function: Callable[..., Any]) -> Partial:
+def as_pytree(function: Callable[..., Any]) -> Any:
     """A callable that jitted functions take as an argument: new arrays inside it do not mean a new trace."""
-    return function if isinstance(function, Partial) else Partial(function)
+    return Partial(function) if jax.tree_util.all_leaves((function,)) else function
 
 
 def check_rows(x: Array, target: Array) -> None:

@@ -1,5 +1,6 @@
 """Attacks that follow the gradient of a loss with respect to the input: one step, and many."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -7,11 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.derivatives import input_gradient
 from jaxnets.attacks.ranking import better, candidate, nothing_yet
+from jaxnets.attacks.rules import Rule, steepest
 from jaxnets.attacks.start import Start, at_clean, uniform
+from jaxnets.attacks.stochastic import redrawn
 from jaxnets.losses import cross_entropy
-from jaxnets.threats import Threat, check_one_a_row, each_row
+from jaxnets.threats import Threat, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss
+
+_STEEPEST = steepest()
 
 
 def fgsm(
@@ -70,6 +76,7 @@ def pgd(
     loss: Loss = cross_entropy,
     step_size: Any = None,
     start: Start = uniform,
+    rule: Rule = _STEEPEST,
 ) -> Array:
     """Projected gradient: ``x_{t+1} = project(x_t + step_size * direction(grad loss(x_t)))``, each row's best iterate.
 
@@ -85,7 +92,8 @@ def pgd(
       steps: number of gradients, at least 1; static.
       loss: raised by the attack; `losses.targeted` for a targeted one.
       step_size: length of a step in the threat's norm, scalar or ``[B]``; ``2.5 epsilon / steps`` unless given.
-      start: where the first gradient is taken.
+      start: the first iterate.
+      rule: what is done with a gradient; the steepest step of the threat's norm unless given.
 
     Returns:
       ``x_adv[B, ...]`` inside ball and box, of ``x``'s dtype.
@@ -105,51 +113,50 @@ def pgd(
         raise ValueError(f"pgd takes at least one step, got steps={steps}")
     step_size = 2.5 * threat.epsilon / steps if step_size is None else step_size
     check_one_a_row(x, epsilon=threat.epsilon, step_size=step_size)
-    arguments = (as_pytree(logits_fn), x, target, threat, step_size, as_pytree(loss), as_pytree(start))
+    arguments = (as_pytree(logits_fn), x, target, threat, step_size, as_pytree(loss), as_pytree(start), rule)
     return _pgd(key, *arguments, steps=steps)
 
 
 @jax.jit
 def _fgsm(key, logits_fn, x, target, threat, step_size, loss, start):
-    x_0 = start(row_keys(key, len(x)), threat, x)
-    gradient, _ = input_gradient(logits_fn, loss, x_0, target)
-    return _step(threat, step_size, x, x_0, gradient)
+    keys = row_keys(key, len(x))
+    x_0 = start(keys, threat, x)
+    gradient, _ = input_gradient(redrawn(logits_fn, keys, 0), loss, x_0, target)
+    return _step(threat, _a_row(step_size, x), x, x_0, gradient, _STEEPEST, ())[0]
 
 
 @partial(jax.jit, static_argnames="steps")
-def _pgd(key, logits_fn, x, target, threat, step_size, loss, start, *, steps):
-    def ascend(_, carry):
-        x_t, best = carry
-        gradient, logits = input_gradient(logits_fn, loss, x_t, target)
-        # A start may lie outside the box: a gradient is taken there, but it is no candidate.
-        best = better(best, candidate(loss, x_t, logits, target), among=_in_box(threat, x_t))
-        return _step(threat, step_size, x, x_t, gradient), best
+def _pgd(key, logits_fn, x, target, threat, step_size, loss, start, rule, *, steps):
+    keys, lengths = row_keys(key, len(x)), _a_row(step_size, x)
 
-    x_0 = start(row_keys(key, len(x)), threat, x)
-    x_last, best = jax.lax.fori_loop(0, steps, ascend, (x_0, nothing_yet(x)))
-    return better(best, candidate(loss, x_last, checked_logits(logits_fn(x_last), x), target)).x
+    def ascend(number, carry):
+        x_t, state, best = carry
+        place = jax.vmap(rule.place)(state, lengths, x_t)
+        gradient, logits = input_gradient(redrawn(logits_fn, keys, number), loss, place, target)
+        # A start may lie outside the box and a rule may look elsewhere: gradients are taken there, but no candidates.
+        allowed = _in_box(threat, x_t) & jnp.all(place == x_t, axis=range(1, x.ndim))
+        best = better(best, candidate(loss, x_t, logits, target), among=allowed)
+        return *_step(threat, lengths, x, x_t, gradient, rule, state), best
 
-
-def input_gradient(logits_fn: LogitsFn, loss: Loss, x: Array, target: Array) -> tuple[Array, Array]:
-    """The gradient ``[B, ...]`` of every row's own loss with respect to that row, and the logits ``[B, K]``.
-
-    Rows are summed, never averaged: a mean would scale gradients by the batch size.
-    """
-
-    def total(z):
-        logits = checked_logits(logits_fn(z), z)
-        return jnp.sum(loss(logits, target)), logits
-
-    return jax.grad(total, has_aux=True)(x)
+    carry = start(keys, threat, x), jax.vmap(rule.init)(x), nothing_yet(x)
+    x_last, _, best = jax.lax.fori_loop(0, steps, ascend, carry)
+    logits = checked_logits(redrawn(logits_fn, keys, steps)(x_last), x)
+    return better(best, candidate(loss, x_last, logits, target)).x
 
 
-def _step(threat: Threat, step_size: Any, x: Array, x_t: Array, gradient: Array) -> Array:
-    lengths = jnp.broadcast_to(jnp.asarray(step_size, x.dtype), len(x))
+def _a_row(value: Any, x: Array) -> Array:
+    return jnp.broadcast_to(jnp.asarray(value, x.dtype), len(x))
 
-    def one(threat, length, x, x_t, gradient):
-        return threat.project(x_t + length * threat.direction(gradient, x_t), x)
 
-    return each_row(one, threat, lengths, x, x_t, gradient)
+def _step(threat: Threat, lengths: Array, x: Array, x_t: Array, gradient: Array, rule: Rule, state: Any):
+    """The next iterates and states of all rows."""
+
+    def one(threat, state, length, x_t, gradient, x):
+        z, state = rule.step(state, threat, length, gradient, x_t)
+        return threat.project(z, x), state
+
+    threat = replace(threat, epsilon=_a_row(threat.epsilon, x))  # pyright: ignore
+    return jax.vmap(one)(threat, state, lengths, x_t, gradient, x)
 
 
 def _in_box(threat: Threat, x: Array) -> Array:

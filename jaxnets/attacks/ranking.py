@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxnets.losses import succeeded
+from jaxnets.threats import Threat
 from jaxnets.types import Array, Loss
 
 
@@ -40,3 +41,27 @@ def better(held: Candidate, new: Candidate, among: Array | None = None) -> Candi
         jnp.where(take, new.success, held.success),
         jnp.where(take, new.loss, held.loss).astype(held.loss.dtype),
     )
+
+
+class Nearest(NamedTuple):
+    """The smallest successful perturbation of each row so far: ``x[B, ...]`` and its size ``[B]``, infinite at first."""
+
+    x: Array
+    size: Array
+
+
+def nothing_found(x: Array) -> Nearest:
+    """The clean point, at an infinite distance."""
+    return Nearest(x, jnp.full(len(x), jnp.inf, jnp.promote_types(x.dtype, jnp.float32)))
+
+
+def nearer(held: Nearest, x_new: Array, success: Array, size: Array) -> Nearest:
+    """Row by row the new point where it succeeds and is smaller than the one held."""
+    take = success & (size < held.size)
+    x = jnp.where(take.reshape(-1, *[1] * (x_new.ndim - 1)), x_new, held.x)
+    return Nearest(x, jnp.where(take, size, held.size).astype(held.size.dtype))
+
+
+def within(held: Nearest, threat: Threat, x: Array) -> Array:
+    """What a minimum-norm attack returns: the smallest perturbation, or the clean row where that is beyond epsilon."""
+    return jnp.where((held.size <= threat.epsilon).reshape(-1, *[1] * (x.ndim - 1)), held.x, x)

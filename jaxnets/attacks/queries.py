@@ -1,0 +1,36 @@
+"""Attacks that count what they ask of the model, row by row."""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import NamedTuple
+
+from jaxnets.types import Array, Attack
+
+
+class Queried(NamedTuple):
+    """``x[B, ...]`` and how many queries each row has cost, ``queries[B]``, integers."""
+
+    x: Array
+    queries: Array
+
+
+def counts_queries(attack: Callable[..., Queried]) -> Callable[..., Array]:
+    """Makes an attack of a function that returns `Queried`; `with_queries` undoes it."""
+
+    @wraps(attack)
+    def without_count(*arguments, **options):
+        return attack(*arguments, **options).x
+
+    return without_count
+
+
+def with_queries(attack: Attack) -> Callable[..., Queried] | None:
+    """The same attack, returning `Queried`; None where it does not count.
+
+    >>> from jaxnets import attacks
+    >>> with_queries(attacks.pgd) is None
+    True
+    """
+    function, options = (attack.func, attack.keywords) if isinstance(attack, partial) else (attack, {})
+    counting = getattr(function, "__wrapped__", None)
+    return None if counting is None else partial(counting, **options)
