@@ -44,7 +44,7 @@ def better(held: Candidate, new: Candidate, among: Array | None = None) -> Candi
 
 
 class Nearest(NamedTuple):
-    """The smallest successful perturbation of each row so far: ``x[B, ...]`` and its size ``[B]``, infinite at first."""
+    """Each row's smallest successful perturbation so far: ``x[B, ...]`` and its size ``[B]``, infinite at first."""
 
     x: Array
     size: Array
