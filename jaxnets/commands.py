@@ -18,13 +18,14 @@ from jaxnets import attacks, data, losses, models, objectives, plots
 from jaxnets.checkpoint import CheckpointError, Checkpoints
 from jaxnets.classifier import Classifier, from_linen
 from jaxnets.cli import Evaluate, Train
-from jaxnets.evaluation import Report, accuracy_interval, robustness_curve, table
+from jaxnets.evaluation import Report, robustness_curve, table
 from jaxnets.evaluation import evaluate as evaluate_attacks
 from jaxnets.fit import fit, read_metrics
 from jaxnets.optimizers import triangular
 from jaxnets.threats import L1, L2, Linf, Threat
 from jaxnets.training import TrainState, init_state
 from jaxnets.types import Array, Attack, Loss
+from jaxnets.verification import accuracy_interval
 
 EXPECTED = (ValueError, OSError, CheckpointError, FloatingPointError)
 """What bad input raises; anything else is a fault of ours and keeps its traceback."""

@@ -1,44 +1,44 @@
 """Who survives which attack, with intervals, and verified: adversarial examples are checked by code that made none."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
-from scipy import stats as scipy_stats
 
 from jaxnets import parallel
 from jaxnets.attacks.calling import as_pytree
-from jaxnets.data import padded_batches
-from jaxnets.threats import L1, L2, Linf, Threat
+from jaxnets.attacks.cascade import Cascade, Cascaded
+from jaxnets.attacks.on_host import Attacked, attack_rows, host_keys
+from jaxnets.threats import Threat
 from jaxnets.types import Array, Attack, LogitsFn
-
-_NUMPY_NORMS = {
-    Linf: lambda delta: np.abs(delta).max(axis=1, initial=0.0),
-    L2: lambda delta: np.sqrt((delta**2).sum(axis=1)),
-    L1: lambda delta: np.abs(delta).sum(axis=1),
-}
-
-
-class InvalidExample(ValueError):  # noqa: N818 - it is the example that is invalid
-    """An attack returned something that the threat does not allow."""
+from jaxnets.verification import accuracy_interval, norms, verify
 
 
 class Report(NamedTuple):
     """What an evaluation found.
 
     Attributes:
-      survived: by name, ``clean`` first, whether each row is classified correctly: bool ``[N]``.
+      survived: by name, ``clean`` first, whether each row is classified correctly: bool ``[N]``. The attacks of a
+        cascade stand before it, each with the rows that survived it and those before it.
       examples: by attack, the adversarial examples ``[N, ...]``; rows that are wrong without one stay as they are.
+      norms: by attack, the size of each row's perturbation in the threat's norm, float ``[N]``: 0 where the row is
+        wrong without one, infinite where it survives.
+      queries: by attack that counts them, how many each row has cost, ``[N]``; 0 for rows that were not attacked.
+      seconds: by attack, wall time a row attacked, compilation included.
     """
 
     survived: dict[str, np.ndarray]
     examples: dict[str, np.ndarray]
+    norms: dict[str, np.ndarray]
+    queries: dict[str, np.ndarray]
+    seconds: dict[str, float]
 
     def accuracies(self) -> dict[str, float]:
         """By name, with ``worst case`` last: the fraction of rows that survive everything."""
@@ -47,6 +47,25 @@ class Report(NamedTuple):
     def with_worst_case(self) -> dict[str, np.ndarray]:
         """The survivors by name, and row by row those of all together."""
         return {**self.survived, "worst case": np.logical_and.reduce(list(self.survived.values()))}
+
+    def accuracy_at(self, name: str, epsilons: np.ndarray) -> np.ndarray:
+        """Accuracy at each of ``epsilons[E]`` by the smallest perturbations that the attack ``name`` has found."""
+        return (self.norms[name] > np.asarray(epsilons)[:, None]).mean(axis=1)
+
+    def costs(self) -> str:
+        """A line an attack: norms of the perturbations that succeeded, queries, milliseconds a row."""
+        heads = f"{'mean norm':>11}{'median':>9}{'queries: mean':>15}{'median':>9}{'ms a row':>10}"
+        width = max(14, *(len(name) for name in self.norms))
+        return "\n".join([" " * width + heads, *(f"{name:{width}}" + self._cost(name) for name in self.norms)])
+
+    def _cost(self, name: str) -> str:
+        sizes = self.norms[name][self.survived["clean"]]
+        broken = sizes[np.isfinite(sizes)]
+        mean, median = (np.mean(broken), np.median(sizes)) if len(broken) else (np.nan, np.inf)
+        queries = self.queries.get(name, np.zeros(0))
+        asked = queries[queries > 0]
+        counts = f"{asked.mean():15.0f}{np.median(asked):9.0f}" if len(asked) else f"{'-':>15}{'-':>9}"
+        return f"{mean:11.4g}{median:9.4g}{counts}{1000 * self.seconds[name]:10.2f}"
 
     def __str__(self) -> str:
         return table({name: [(int(rows.sum()), len(rows))] for name, rows in self.with_worst_case().items()})
@@ -67,7 +86,8 @@ def evaluate(
     """Accuracy without an attack, under each one, and under their pointwise worst case; ``print`` it for a table.
 
     A row that is wrong without an attack counts as not surviving any and is not attacked. A row's result does not
-    depend on the batch that it comes in: its key is made from its number.
+    depend on the batch that it comes in: its key is made from its number. A `attacks.cascade` is reported stage by
+    stage.
 
     Args:
       key: of the attacks.
@@ -89,42 +109,49 @@ def evaluate(
             f"evaluate needs as many classes as rows, and at least one: got {len(x)} rows, {len(y)} classes"
         )
     mesh = parallel.data_mesh() if mesh is None else mesh
-    batch_size = -(-min(batch_size, len(x)) // mesh.size) * mesh.size
-    run = partial(_by_batches, key, as_pytree(logits_fn), batch_size=batch_size, mesh=mesh)
-    clean = run(None, x, y, np.arange(len(x)), lambda rows: on_batch("clean", rows))[1]
+    keys = host_keys(key, len(x))
+    on_rows = partial(attack_rows, logits_fn=as_pytree(logits_fn), batch_size=batch_size, mesh=mesh)
+    clean = on_rows(None, keys, x=x, target=y, on_rows=partial(on_batch, "clean")).correct
+    report = Report({"clean": clean}, {}, {}, {}, {})
     right = np.flatnonzero(clean)
-    survived, examples = {"clean": clean}, {}
     for name, attack in attacks.items():
-        examples[name], survived[name] = x.copy(), np.zeros(len(x), bool)
-        if len(right):
-            found, correct = run(attack, x[right], y[right], right, partial(on_batch, name))
-            verify(name, found, x[right], threat)
-            examples[name][right], survived[name][right] = found, correct
+        began = time.monotonic()
+        if isinstance(attack, Cascade):
+            told = lambda stage, done, name=name: on_batch(f"{name}: {stage}", done)  # noqa: E731
+            done = attack.run(keys[right].wrapped(), logits_fn, x[right], y[right], mesh=mesh, on_batch=told)
+            for stage, survived in done.survived.items():
+                report.survived[f"{name}: {stage}"] = _over(np.zeros(len(x), bool), right, survived)
+        else:
+            done = on_rows(attack, keys[right], x=x[right], target=y[right], on_rows=partial(on_batch, name))
+        verify(name, done.x, x[right], threat)
+        _add(report, name, done, right, x, threat, (time.monotonic() - began) / max(1, len(right)))
         on_batch(name, len(x) - len(right))
-    return Report(survived, examples)
+    return report
 
 
-def verify(name: str, x_adv: np.ndarray, x: np.ndarray, threat: Threat) -> None:
-    """Raises `InvalidExample` unless every row is finite, inside the box and inside the ball.
+def _add(
+    report: Report,
+    name: str,
+    done: Attacked | Cascaded,
+    right: np.ndarray,
+    x: np.ndarray,
+    threat: Threat,
+    seconds: float,
+) -> None:
+    """Writes into the report what an attack did to the rows numbered ``right``."""
+    report.examples[name] = _over(x, right, done.x)
+    report.survived[name] = _over(np.zeros(len(x), bool), right, done.correct)
+    sizes = np.where(done.correct, np.inf, norms(threat, done.x, x[right]))
+    report.norms[name] = _over(np.zeros(len(x)), right, sizes)
+    report.seconds[name] = seconds
+    if done.queries is not None:
+        report.queries[name] = _over(np.zeros(len(x), np.int64), right, done.queries)
 
-    In numpy and double precision; the tolerance for single-precision rounding is ``1e-6 max(1, epsilon)``.
-    """
-    epsilon = float(threat.epsilon)
-    tolerance = 1e-6 * max(1.0, epsilon)
-    x_adv, x = np.asarray(x_adv, np.float64), np.asarray(x, np.float64)
-    size = _NUMPY_NORMS[type(threat)]((x_adv - x).reshape(len(x), -1))
-    outside = np.maximum(x_adv - threat.upper, threat.lower - x_adv).reshape(len(x), -1).max(axis=1, initial=-np.inf)
-    for bad, what in [
-        (~np.isfinite(x_adv).reshape(len(x), -1).all(axis=1), "is not finite"),
-        (outside > tolerance, f"leaves the box [{threat.lower}, {threat.upper}]"),
-        (size > epsilon + tolerance, f"leaves the ball: the largest perturbation is {size.max():.8g} in {threat}"),
-    ]:
-        if bad.any():
-            rows = np.flatnonzero(bad)
-            raise InvalidExample(
-                f"attack {name!r}: {len(rows)} of {len(x)} examples are not allowed: row {rows[0]} {what}. "
-                "Nothing is reported; mend the attack"
-            )
+
+def _over(background: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    whole = background.copy()
+    whole[rows] = values
+    return whole
 
 
 def robustness_curve(
@@ -166,19 +193,6 @@ def _sweep(attack, key, logits_fn, x, y, threat, epsilons):
     return jax.lax.map(at, epsilons)
 
 
-def accuracy_interval(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """The Clopper-Pearson interval of a proportion: at least ``level`` of such intervals hold the true one.
-
-    >>> low, high = accuracy_interval(0, 10)
-    >>> print(round(low, 4), round(high, 4))
-    0.0 0.3085
-    """
-    tail = (1 - level) / 2
-    low = scipy_stats.beta.ppf(tail, correct, total - correct + 1) if correct else 0.0
-    high = scipy_stats.beta.ppf(1 - tail, correct + 1, total - correct) if correct < total else 1.0
-    return float(low), float(high)
-
-
 def table(rows: Mapping[str, list[tuple[int, int]]], columns: list[str] | None = None) -> str:
     """Accuracies with 95% intervals as text: a line a name, a column for each ``(correct, total)``.
 
@@ -200,29 +214,3 @@ def table(rows: Mapping[str, list[tuple[int, int]]], columns: list[str] | None =
 def _cell(correct: int, total: int) -> str:
     low, high = accuracy_interval(correct, total)
     return f"  {correct / total:8.2%}   {low * 100:5.2f} - {high * 100:5.2f}   {correct}/{total}"
-
-
-def _by_batches(key, logits_fn, attack, x, y, numbers, on_rows, *, batch_size, mesh):
-    """Runs ``attack`` (None: nothing) over all rows and returns the results and which are classified correctly."""
-    sharding = parallel.by_rows(mesh)
-    logits_fn, key = parallel.replicate((logits_fn, key), mesh)
-    found, correct = np.empty_like(x), np.empty(len(x), bool)
-    for rows, valid in padded_batches(len(x), batch_size):
-        batch = jax.device_put((np.asarray(numbers[rows], np.uint32), x[rows], y[rows]), sharding)
-        row_keys, x_batch, y_batch = _fold_rows(key, batch[0]), *batch[1:]
-        x_adv = x_batch if attack is None else attack(row_keys, logits_fn, x_batch, y_batch)
-        here = rows[:valid]
-        found[here] = np.asarray(x_adv)[:valid]
-        correct[here] = np.asarray(_correct(logits_fn, x_adv, y_batch))[:valid]
-        on_rows(valid)
-    return found, correct
-
-
-@jax.jit
-def _fold_rows(key: Array, numbers: Array) -> Array:
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
-
-
-@jax.jit
-def _correct(logits_fn: Any, x: Array, y: Array) -> Array:
-    return jnp.argmax(logits_fn(x), axis=-1) == y

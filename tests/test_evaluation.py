@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 import jaxnets as jn
-from jaxnets.evaluation import InvalidExample, accuracy_interval, evaluate, robustness_curve, table, verify
+from jaxnets.evaluation import evaluate, robustness_curve, table
+from jaxnets.verification import InvalidExample, accuracy_interval, verify
 
 KEY = jax.random.key(0)
 THREAT = jn.Linf(0.1)

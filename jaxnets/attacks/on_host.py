@@ -1,0 +1,116 @@
+"""Attacks over any number of rows, from the host: batches of a few fixed sizes, spread over all devices."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxnets import parallel
+from jaxnets.attacks.calling import as_pytree, row_keys
+from jaxnets.attacks.queries import with_queries
+from jaxnets.attacks.stochastic import redrawn
+from jaxnets.types import Array, Attack, LogitsFn
+
+
+class Attacked(NamedTuple):
+    """``x[N, ...]``, whether each row is classified as its target ``[N]``, and its queries ``[N]`` where counted."""
+
+    x: np.ndarray
+    correct: np.ndarray
+    queries: np.ndarray | None
+
+
+class HostKeys(NamedTuple):
+    """Keys of rows in numpy, where taking some of them compiles nothing: ``data[N, ...]``."""
+
+    data: np.ndarray
+    impl: Any
+
+    def __getitem__(self, rows: np.ndarray) -> "HostKeys":
+        return HostKeys(self.data[rows], self.impl)
+
+    def wrapped(self) -> Array:
+        return jax.random.wrap_key_data(jnp.asarray(self.data), impl=self.impl)
+
+
+def host_keys(key: Array, rows: int) -> HostKeys:
+    """The keys of `row_keys`."""
+    keys = row_keys(key, rows)
+    return HostKeys(np.asarray(jax.random.key_data(keys)), jax.random.key_impl(keys))
+
+
+def attack_rows(
+    attack: Attack | None,
+    keys: HostKeys,
+    logits_fn: LogitsFn,
+    x: np.ndarray,
+    target: np.ndarray,
+    *,
+    number: int = 0,
+    batch_size: int,
+    mesh: Mesh,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> Attacked:
+    """Runs an attack on all rows, ``batch_size`` at once, and classifies what it returns.
+
+    The last rows come in smaller batches, of a quarter or a sixteenth of the size, so that few rows are padding and
+    an attack is compiled for three sizes at most.
+
+    Args:
+      attack: None for none.
+      keys: one a row.
+      number: folded into the keys; 0, 1, ... for attacks that are to draw differently.
+      logits_fn: ``x[B, ...] -> logits[B, K]``.
+      x: rows ``[N, ...]``.
+      target: classes ``[N]``.
+      batch_size: rows at once; rounded up to a multiple of the devices.
+      mesh: of devices.
+      on_rows: told how many rows were done, after each batch.
+    """
+    sharding, counting = parallel.by_rows(mesh), attack and with_queries(attack)
+    logits_fn = parallel.replicate(as_pytree(logits_fn), mesh)
+    found, correct = np.array(x), np.zeros(len(x), bool)
+    queries = np.zeros(len(x), np.int64) if counting else None
+    for rows, valid in _batches(len(x), batch_size, mesh.size):
+        x_batch, target_batch, data = jax.device_put((x[rows], target[rows], keys.data[rows]), sharding)
+        keys_batch = _wrap(data, number, impl=keys.impl)
+        if counting:
+            x_adv, asked = counting(keys_batch, logits_fn, x_batch, target_batch)
+            queries[rows[:valid]] = np.asarray(asked)[:valid]  # pyright: ignore
+        else:
+            x_adv = attack(keys_batch, logits_fn, x_batch, target_batch) if attack else x_batch
+        found[rows[:valid]] = np.asarray(x_adv)[:valid]
+        correct[rows[:valid]] = np.asarray(_correct(keys_batch, logits_fn, x_adv, target_batch))[:valid]
+        on_rows(valid)
+    return Attacked(found, correct, queries)
+
+
+def _batches(n: int, batch_size: int, devices: int) -> Iterator[tuple[np.ndarray, int]]:
+    """``(rows, valid)``: as `data.padded_batches`, with smaller batches where they mean less padding.
+
+    >>> [(len(rows), valid) for rows, valid in _batches(79, 32, 1)]
+    [(32, 32), (32, 32), (8, 8), (8, 7)]
+    """
+    sizes = [-(-size // devices) * devices for size in (batch_size, batch_size // 4, batch_size // 16) if size]
+    start = 0
+    while start < n:
+        left = n - start
+        # The smallest size that holds what is left, unless at most half of it would be rows.
+        holding = [size for size in sizes if left <= size < 2 * left]
+        size = holding[-1] if holding else next((size for size in sizes if size <= left), sizes[-1])
+        yield np.minimum(np.arange(start, start + size), n - 1), min(size, left)
+        start += size
+
+
+@partial(jax.jit, static_argnames="impl")
+def _wrap(data: Array, number: Array, *, impl: Any) -> Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(jax.random.wrap_key_data(data, impl=impl), number)
+
+
+@jax.jit
+def _correct(keys: Array, logits_fn: Any, x: Array, y: Array) -> Array:
+    return jnp.argmax(redrawn(logits_fn, keys, 0)(x), axis=-1) == y
