@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         attacks,
         checkpoint,
         data,
+        diagnostics,
         evaluation,
         fit,
         losses,
@@ -19,21 +20,29 @@ if TYPE_CHECKING:
         optimizers,
         parallel,
         plots,
+        substitute,
         threats,
         training,
+        transferability,
         types,
+        verification,
     )
     from jaxnets.classifier import Classifier, from_linen
-    from jaxnets.threats import L1, L2, Linf
+    from jaxnets.threats import L0, L1, L2, Linf, Masked
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "L1", "L2", "Classifier", "Linf", "attacks", "checkpoint", "data", "evaluation", "fit", "from_linen", "losses",
-    "models", "objectives", "optimizers", "parallel", "plots", "threats", "training", "types",
+    "L0", "L1", "L2", "Classifier", "Linf", "Masked", "attacks", "checkpoint", "data", "diagnostics", "evaluation",
+    "fit", "from_linen", "losses", "models", "objectives", "optimizers", "parallel", "plots", "substitute", "threats",
+    "training", "transferability", "types", "verification",
 ]  # fmt: skip
 
-_HOMES = {"Classifier": "classifier", "from_linen": "classifier", "L1": "threats", "L2": "threats", "Linf": "threats"}
+_HOMES = {
+    "Classifier": "classifier", "from_linen": "classifier",
+    "L0": "threats", "L1": "threats", "L2": "threats", "Linf": "threats",
+    "Masked": "threats",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """The command ``jaxnets``: what may be said to it, and how it answers what may not."""
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -13,10 +14,11 @@ from typing import Annotated, Literal
 import tyro
 
 DataName = Literal["digits", "mnist", "fashion_mnist", "cifar10"]
-ModelName = Literal["small_cnn", "mlp", "lenet5", "lenet5_modern", "madry_cnn"]
+ModelName = Literal["small_cnn", "mlp", "lenet5", "lenet5_modern", "madry_cnn", "resnet18"]
 ObjectiveName = Literal["adversarial", "standard"]
 ThreatName = Literal["linf", "l2", "l1"]
 AttackName = Literal["pgd", "fgsm"]
+SuiteName = Literal["pgd", "autoattack", "autoattack_plus", "autoattack_rand"]
 StartName = Literal["uniform", "uniform_unclipped", "at_clean"]
 OptimizerName = Literal["adamw", "sgd", "lion"]
 ScheduleName = Literal["triangular", "cosine", "constant"]
@@ -77,10 +79,14 @@ class Evaluate:
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of runs."""
+    attack: SuiteName = "pgd"
+    """pgd on three losses, or AutoAttack in one of its versions."""
     steps: int = 100
-    """Steps of each attack."""
+    """Steps of pgd."""
     restarts: int = 5
-    """Random starts of each attack."""
+    """Random starts of pgd."""
+    threat: ThreatName | None = None
+    """The norm that bounds a perturbation; unless given that of each run's training."""
     epsilon: float | None = None
     """The bound; unless given that of each run's training."""
     examples: int = 1000
@@ -89,13 +95,29 @@ class Evaluate:
     """Where data is; unless given that of each run's training."""
     seed: int = 0
     """Of the attacks."""
+    save: bool = False
+    """Write the adversarial examples of each run into its folder, for jaxnets verify."""
     out: Path | None = None
     """The folder for evaluation.json and evaluation.png; unless given the first run's."""
 
 
+@dataclass(frozen=True)
+class Verify:
+    """Check saved adversarial examples, range, ball and accuracy, without any attack in the process."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """What jaxnets evaluate --save wrote."""
+    run: Path | None = None
+    """The run whose network is asked; unless given the one named in the file."""
+    data_dir: Path | None = None
+    """Where data is; unless given that of the run's training."""
+
+
 Command = (
-    Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-)  # fmt: skip
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -103,18 +125,20 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = _parse(arguments)
     _show_messages()
-    from jaxnets import commands  # here, because help need not wait for jax
+    name = type(command).__name__.lower()
+    # Here, because help need not wait for jax, nor verify know attacks.
+    from jaxnets.commands.run import EXPECTED
 
     try:
-        commands.train(command) if isinstance(command, Train) else commands.evaluate(command)
-    except commands.EXPECTED as error:
+        getattr(importlib.import_module(f"jaxnets.commands.{name}"), name)(command)
+    except EXPECTED as error:
         _refuse(" ".join(str(error).split()))
     except KeyboardInterrupt:
         print("\njaxnets: stopped; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate:
+def _parse(arguments: list[str]) -> Train | Evaluate | Verify:
     said = io.StringIO()
     os.environ.setdefault("COLUMNS", "100")
     try:

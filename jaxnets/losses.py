@@ -72,6 +72,33 @@ def dlr(logits: Array, target: Array) -> Array:
     return margin(logits, target) / jnp.where(gap > 0, gap, 1)
 
 
+def dlr_targeted(logits: Array, target: Array, wanted: Array) -> Array:
+    """`dlr` towards one class: ``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``, sorted in falling order.
+
+    A loss of three arguments: how far the class that the attacker wants leads over the true one. Bound to ``wanted``,
+    as ``Partial(dlr_targeted, wanted=wanted)``, it is a loss whose attack succeeds where the prediction is not
+    ``target``. Where the four largest logits are equal the difference itself is returned.
+
+    Args:
+      logits: ``[..., K]``, ``K >= 4``.
+      target: the true classes ``[...]``, integers.
+      wanted: other classes ``[...]``, integers.
+
+    Raises:
+      ValueError: for fewer than 4 classes.
+
+    Croce and Hein 2020, https://arxiv.org/abs/2003.01690, equation 7.
+
+    >>> print(dlr_targeted(jnp.array([4.0, 3.0, 2.0, 2.0]), jnp.array(0), jnp.array(1)))
+    -0.5
+    """
+    _check_classes(logits, target, at_least=4, name="dlr_targeted")
+    _check_classes(logits, wanted, at_least=4, name="dlr_targeted")
+    top = jax.lax.top_k(logits, 4)[0]
+    gap = top[..., 0] - (top[..., 2] + top[..., 3]) / 2
+    return (_pick(logits, wanted) - _pick(logits, target)) / jnp.where(gap > 0, gap, 1)
+
+
 def kl(logits: Array, target: Array) -> Array:
     """Kullback-Leibler divergence from a reference prediction: ``sum_k p_k (log p_k - log q_k)``.
 

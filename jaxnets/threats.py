@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnets.types import Array
 
@@ -209,6 +210,132 @@ class L1:
 
     def size(self, delta: Array) -> Array:
         return jnp.sum(jnp.abs(delta))
+
+
+@_pytree
+@dataclass(frozen=True)
+class L0:
+    """At most epsilon coordinates may change, each to anything in the box: ``#{i : delta_i != 0} <= epsilon``.
+
+    Epsilon is a number of coordinates, an int or a float that is rounded down; every channel of a pixel counts.
+
+    >>> print(L0(1).project(jnp.array([0.3, 3.0, 0.1]), jnp.array([0.9, 0.8, 0.1])))
+    [0.9 1.  0.1]
+    """
+
+    epsilon: Any
+    lower: float = 0.0
+    upper: float = 1.0
+
+    def project(self, z: Array, x: Array) -> Array:
+        """``z`` cut to the box in the coordinates whose return to ``x`` would cost most, ``x`` in all others.
+
+        Cut to ``c``, a coordinate saves ``(z - x)^2 - (z - c)^2``; of equals the first ones are kept.
+        """
+        boxed = jnp.clip(z, self.lower, self.upper)
+        # The root of what is saved, as a product: squares of differences would underflow, overflow and cancel.
+        saved = jnp.sqrt(jnp.abs(boxed - x)) * jnp.sqrt(jnp.abs(z - x) + jnp.abs(z - boxed))
+        return jnp.where(_largest(saved, self.epsilon), boxed, x)
+
+    def sample(self, key: Array, x: Array) -> Array:
+        """Epsilon coordinates drawn without replacement, each uniform in the box, which must be finite."""
+        which_key, value_key = jax.random.split(key)
+        chosen = _largest(jax.random.uniform(which_key, x.shape, x.dtype), self.epsilon)
+        return jnp.where(chosen, jax.random.uniform(value_key, x.shape, x.dtype, self.lower, self.upper), x)
+
+    def direction(self, gradient: Array, x: Array) -> Array:
+        """The steepest of the steps that change one coordinate by one unit of the data."""
+        return L1(self.epsilon, self.lower, self.upper).direction(gradient, x)
+
+    def size(self, delta: Array) -> Array:
+        return jnp.sum(delta != 0, dtype=jnp.promote_types(delta.dtype, jnp.float32))
+
+
+class _Static:
+    """An array of bools that compares and hashes by its contents, so that it can stand in a program's key."""
+
+    def __init__(self, values: Any):
+        self.values = np.array(values, bool)
+        self.values.setflags(write=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and np.array_equal(self.values, other.values)
+
+    def __hash__(self) -> int:
+        return hash((self.values.shape, self.values.tobytes()))
+
+    def __repr__(self) -> str:
+        return f"<{self.values.sum()} of shape {list(self.values.shape)}>"
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A sticker: what lies under a mask may change by at most epsilon a coordinate, and nothing else may.
+
+    ``max_i |delta_i| <= epsilon`` where the mask is true, ``delta_i = 0`` elsewhere. With the default epsilon what lies
+    under the mask may become anything in the box [0, 1]. The mask is static as the box is: another means a new trace.
+
+    Args:
+      mask: bools that broadcast to the shape of one example.
+      epsilon: largest change under the mask, in the units of the data; a leaf.
+
+    Eykholt et al. 2018, https://arxiv.org/abs/1707.08945.
+
+    >>> print(Masked(jnp.array([True, False])).project(jnp.array([0.7, 0.7]), jnp.zeros(2)))
+    [0.7 0. ]
+    """
+
+    mask: Any
+    epsilon: Any = 1.0
+    lower: float = 0.0
+    upper: float = 1.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "mask", self.mask if isinstance(self.mask, _Static) else _Static(self.mask))
+
+    def project(self, z: Array, x: Array) -> Array:
+        return jnp.where(self.mask.values, self._everywhere().project(z, x), x)
+
+    def sample(self, key: Array, x: Array) -> Array:
+        return jnp.where(self.mask.values, self._everywhere().sample(key, x), x)
+
+    def direction(self, gradient: Array, x: Array) -> Array:
+        return jnp.where(self.mask.values, self._everywhere().direction(gradient, x), 0)
+
+    def size(self, delta: Array) -> Array:
+        """The largest change under the mask; infinite where anything else has changed."""
+        return jnp.max(jnp.where(self.mask.values | (delta == 0), jnp.abs(delta), jnp.inf))
+
+    def _everywhere(self) -> Linf:
+        return Linf(self.epsilon, self.lower, self.upper)
+
+
+jax.tree_util.register_pytree_node(
+    Masked,
+    lambda threat: ((threat.epsilon,), (threat.mask, threat.lower, threat.upper)),
+    lambda values, leaves: Masked(values[0], *leaves, *values[1:]),
+)
+
+
+def _largest(values: Array, count: Any) -> Array:
+    """Where the ``floor(count)`` largest of ``values >= 0`` are, the first of equals: bool, of their shape.
+
+    The bits of such floats have the order of integers. A search bit by bit for the least value that is in costs far
+    less than sorting, and unlike `jax.lax.top_k` takes a traced count.
+    """
+    flat = jax.lax.stop_gradient(values).ravel()
+    bits = jax.lax.bitcast_convert_type(flat, jnp.dtype(f"uint{8 * flat.dtype.itemsize}"))
+    count = jnp.floor(jnp.clip(jax.lax.stop_gradient(count), 0, flat.size)).astype(jnp.int32)
+    width = 8 * flat.dtype.itemsize - 1
+
+    def narrow(number, least):
+        higher = least | (jnp.ones((), bits.dtype) << (width - 1 - number).astype(bits.dtype))
+        return jnp.where(jnp.sum(bits >= higher, dtype=jnp.int32) >= count, higher, least)
+
+    least = jax.lax.fori_loop(0, width, narrow, jnp.zeros((), bits.dtype))
+    above, level = bits > least, bits == least
+    room = count - jnp.sum(above, dtype=jnp.int32)
+    return (above | (level & (jnp.cumsum(level, dtype=jnp.int32) <= room))).reshape(values.shape)
 
 
 def _room(z: Array, x: Array, threat: Threat) -> Array:

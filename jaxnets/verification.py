@@ -4,7 +4,7 @@ A file of examples can be checked long after, by someone who trusts nothing but 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats as scipy_stats
 
-from jaxnets.threats import L0, L1, L2, Linf, Threat
+from jaxnets.threats import L0, L1, L2, Linf, Masked, Threat
 
 _NORMS: dict[type, Callable[[np.ndarray], np.ndarray]] = {
     Linf: lambda delta: np.abs(delta).max(axis=1, initial=0.0),
     L2: lambda delta: np.sqrt((delta**2).sum(axis=1)),
     L1: lambda delta: np.abs(delta).sum(axis=1),
-    L0: lambda delta: np.count_nonzero(delta, axis=1),
+    L0: lambda delta: (delta != 0).sum(axis=1).astype(float),
+    Masked: lambda delta: np.abs(delta).max(axis=1, initial=0.0),
 }
 
 
@@ -27,8 +28,11 @@ class InvalidExample(ValueError):  # noqa: N818 - it is the example that is inva
 
 
 def norms(threat: Threat, x_adv: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The size of every row's perturbation in the threat's norm, float64 ``[N]``."""
-    return _NORMS[type(threat)]((np.asarray(x_adv, np.float64) - np.asarray(x, np.float64)).reshape(len(x), -1))
+    """The size of every row's perturbation in the threat's norm, float64 ``[N]``; infinite where it leaves a mask."""
+    delta = np.asarray(x_adv, np.float64) - np.asarray(x, np.float64)
+    if isinstance(threat, Masked):
+        delta = np.where(threat.mask.values | (delta == 0), delta, np.inf)
+    return _NORMS[type(threat)](delta.reshape(len(x), -1))
 
 
 def verify(name: str, x_adv: np.ndarray, x: np.ndarray, threat: Threat) -> None:
@@ -94,10 +98,12 @@ _THREATS = {threat.__name__: threat for threat in _NORMS}
 def save_examples(path: Path, examples: Examples) -> None:
     """Writes an ``.npz`` of arrays and JSON: nothing in it is ever unpickled. Whole or not at all."""
     threat = examples.threat
-    static = {name: value for name, value in vars(threat).items() if name != "epsilon"}
+    static = {name: value for name, value in vars(threat).items() if name not in ("epsilon", "mask")}
     about = {"threat": type(threat).__name__, "epsilon": float(threat.epsilon), **static, "origin": examples.origin}
     arrays = {f"x_adv/{name}": rows for name, rows in examples.x_adv.items()}
     arrays |= {f"survived/{name}": rows for name, rows in examples.survived.items()}
+    if isinstance(threat, Masked):
+        arrays["mask"] = threat.mask.values
     draft = path.with_name(path.name + ".tmp")
     with draft.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, x=examples.x, y=examples.y, about=json.dumps(about), **arrays)
@@ -111,13 +117,14 @@ def load_examples(path: Path) -> Examples:
       ValueError: where the file is not such a file, or is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
         about = json.loads(str(arrays["about"]))
         kind = _THREATS[about.pop("threat")]
         origin = about.pop("origin")
+        mask = [arrays["mask"]] if kind is Masked else []
         x_adv, survived = _named(arrays, "x_adv/"), _named(arrays, "survived/")
-        return Examples(arrays["x"], arrays["y"], x_adv, survived, kind(**about), origin)
+        return Examples(arrays["x"], arrays["y"], x_adv, survived, kind(*mask, **about), origin)
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, numpy and json raise many kinds for damaged files
@@ -150,8 +157,3 @@ def check_examples(examples: Examples, predict: Callable[[np.ndarray], np.ndarra
         verify(name, rows, examples.x, examples.threat)
         survivors[name] = right & (predict(rows) == examples.y)
     return survivors
-
-
-def disagreements(said: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """By attack, how many rows are said to have survived and have not, or the reverse; attacks of both alone."""
-    return {name: int((said[name] != rows).sum()) for name, rows in found.items() if name in said}

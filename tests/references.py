@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-ORDERS = {"Linf": np.inf, "L2": 2, "L1": 1}
+ORDERS = {"Linf": np.inf, "L2": 2, "L1": 1, "L0": 0}
 """Norm of each threat, by the name of its class."""
 
 
@@ -14,7 +14,8 @@ def norm(order, delta):
 
 
 def dual(order):
-    return {np.inf: 1, 2: 2, 1: np.inf}[order]
+    """For L0 that of steps of one unit in one coordinate."""
+    return {np.inf: 1, 2: 2, 1: np.inf, 0: np.inf}[order]
 
 
 def assert_inside(threat, x_adv, x, tolerance=1e-6):
@@ -63,6 +64,13 @@ def project(order, z, x, epsilon, lower, upper):
     z, x = np.asarray(z, np.float64), np.asarray(x, np.float64)
     if order == np.inf:
         return np.clip(z, np.maximum(x - epsilon, lower), np.minimum(x + epsilon, upper))
+    if order == 0:
+        boxed = np.clip(z, lower, upper)
+        saved = (boxed - x) * ((z - x) + (z - boxed))  # (z - x)^2 - (z - boxed)^2
+        dearest = np.argsort(-saved.ravel(), kind="stable")[: int(epsilon)]
+        point = x.copy()
+        point.ravel()[dearest] = boxed.ravel()[dearest]
+        return point
 
     def at(multiplier):
         if order == 2:

@@ -4,10 +4,12 @@ import subprocess
 import sys
 import typing
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from jaxnets import cli, commands, data
+from jaxnets import cli, data
+from jaxnets.commands import evaluate, run, train
 
 FAST = ["--model", "mlp", "--epochs", "2", "--steps", "2", "--examples", "40"]
 
@@ -24,13 +26,14 @@ def refusal(capsys, *arguments):
 
 @pytest.mark.parametrize(("names", "table"), [
     (cli.DataName, data.NAMES),
-    (cli.ModelName, commands.MODELS),
-    (cli.ObjectiveName, commands.OBJECTIVES),
-    (cli.ThreatName, commands.THREATS),
-    (cli.AttackName, commands.ATTACKS),
-    (cli.StartName, commands.STARTS),
-    (cli.OptimizerName, commands.OPTIMIZERS),
-    (cli.ScheduleName, commands.SCHEDULES),
+    (cli.ModelName, run.MODELS),
+    (cli.ObjectiveName, train.OBJECTIVES),
+    (cli.ThreatName, run.THREATS),
+    (cli.AttackName, train.ATTACKS),
+    (cli.SuiteName, evaluate.SUITES),
+    (cli.StartName, train.STARTS),
+    (cli.OptimizerName, run.OPTIMIZERS),
+    (cli.ScheduleName, run.SCHEDULES),
 ])  # fmt: skip
 def test_every_name_has_a_function_and_every_function_a_name(names, table):
     assert set(typing.get_args(names)) == set(table)
@@ -128,3 +131,31 @@ def test_evaluate_makes_one_table_and_one_picture(trained, tmp_path, capsys):
 def test_help_does_not_wait_for_jax():
     code = "import sys, jaxnets.cli; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0
+
+
+def test_autoattack_examples_are_saved_and_verified(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--attack", "autoattack", "--epsilon", "0.02", "--examples", "16", "--save", "--out", str(out)]
+    cli.main(["evaluate", str(trained), *options])
+    said = capsys.readouterr().out
+    for name in ("autoattack: apgd-ce", "autoattack: square", "masked gradients?", "ms a row"):
+        assert name in said
+    file = trained / "adversarial-autoattack-linf0.02.npz"
+    cli.main(["verify", str(file)])
+    assert "every accuracy is the one said in the file" in capsys.readouterr().out
+    other = tmp_path / "other"
+    cli.main(["train", *FAST, "--seed", "1", "--out", str(other)])
+    assert "classified otherwise than the file says" in refusal(capsys, "verify", str(file), "--run", str(other))
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    arrays["x"] = arrays["x"][::-1]
+    np.savez(file, **arrays)
+    assert "its clean rows are not the first test rows" in refusal(capsys, "verify", str(file))
+    file.write_bytes(file.read_bytes()[:100])
+    assert "is damaged" in refusal(capsys, "verify", str(file))
+    assert "No such file" in refusal(capsys, "verify", str(tmp_path / "none.npz"))
+
+
+def test_another_norm_needs_its_epsilon(trained, capsys):
+    assert "say --epsilon for l2" in refusal(capsys, "evaluate", str(trained), "--threat", "l2")
+    assert "--epsilon must be a number from 0 on" in refusal(capsys, "evaluate", str(trained), "--epsilon", "-1")

@@ -1,5 +1,6 @@
 """Norm balls in a box: projections against slow references, samples against their distributions, derivatives at 0."""
 
+import itertools
 from functools import cache, partial
 
 import jax
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 import jaxnets as jn
 from jaxnets.threats import each_row
 
-THREATS = {"Linf": jn.Linf, "L2": jn.L2, "L1": jn.L1}
+THREATS = {"Linf": jn.Linf, "L2": jn.L2, "L1": jn.L1, "L0": jn.L0}
 every_threat = pytest.mark.parametrize("cls", THREATS.values(), ids=THREATS)
+NORMS = {name: cls for name, cls in THREATS.items() if name != "L0"}
+every_norm = pytest.mark.parametrize("cls", NORMS.values(), ids=NORMS)
 seeds = st.integers(0, 2**32 - 1)
 FACES = {"lower": -0.25, "upper": 1.5}
 
@@ -46,7 +49,7 @@ def reference_projection(cls, x, z, epsilon):
 # The references themselves.
 
 
-@every_threat
+@every_norm
 def test_two_references_agree(cls):
     x, z, epsilon = scene(0, rows=12, n=5)
     by_dykstra = [
@@ -79,7 +82,7 @@ def test_projection_in_single_precision(cls, seed):
     np.testing.assert_allclose(projected(cls)(epsilon, once, x), once, rtol=0, atol=1e-6)
 
 
-@every_threat
+@every_norm
 @given(seed=seeds)
 def test_no_other_point_of_the_set_is_nearer(cls, seed):
     """The variational inequality: ``<z - p, q - p> <= 0`` for every feasible ``q``."""
@@ -98,7 +101,7 @@ def test_no_other_point_of_the_set_is_nearer(cls, seed):
 def test_points_inside_stay_exactly(cls):
     x = jnp.asarray(np.random.default_rng(0).uniform(size=(5, 7)), jnp.float32)
     z = jnp.clip(x + 0.01 * jax.random.normal(jax.random.key(0), x.shape), 0, 1)
-    np.testing.assert_array_equal(each_row(cls.project, cls(1.0), z, x), z)
+    np.testing.assert_array_equal(each_row(cls.project, cls(7.0), z, x), z)
 
 
 @every_threat
@@ -107,12 +110,12 @@ def test_coordinates_that_meet_the_box_lie_exactly_on_it(cls):
     random = np.random.default_rng(1)
     x = random.uniform(0.3, 0.7, size=(64, 12)).astype(np.float32)
     offsets = np.float32([5, 4, 3, -5, -4, -3, 1, 1, 1, -1, -1, -1]) * random.uniform(0.8, 1, x.shape)
-    epsilon = {"Linf": 0.8, "L2": 1.65, "L1": 4.5}[cls.__name__]
+    epsilon = {"Linf": 0.8, "L2": 1.65, "L1": 4.5, "L0": 8}[cls.__name__]
     result = np.asarray(each_row(cls.project, cls(epsilon), (x + offsets).astype(np.float32), x))
     near = np.abs(result - np.round(result)) < 1e-5
     assert near.sum() > 5 * 64
     assert np.isin(result[near], (0.0, 1.0)).all()
-    if cls is not jn.Linf:
+    if cls not in (jn.Linf, jn.L0):
         assert (~near).sum() > 64, "the ball cuts as well"
 
 
@@ -120,9 +123,10 @@ def test_coordinates_that_meet_the_box_lie_exactly_on_it(cls):
 def test_rescaling_is_not_what_projects(cls):
     """Where the nearest point is known: half of L1's budget would be lost by rescaling, and the box takes its part."""
     x, z = jnp.zeros(3), jnp.array([3.0, 1.0, 0.0])
-    expected = {"Linf": [1.0, 1.0, 0.0], "L2": [3 / 10**0.5, 1 / 10**0.5, 0.0], "L1": [1.0, 0.0, 0.0]}[cls.__name__]
+    expected = {"Linf": [1.0, 1.0, 0.0], "L2": [3 / 10**0.5, 1 / 10**0.5, 0.0], "L1": [1.0, 0.0, 0.0]}
+    expected = {**expected, "L0": [3.0, 0.0, 0.0]}[cls.__name__]
     np.testing.assert_allclose(cls(1.0, lower=-9, upper=9).project(z, x), expected, atol=1e-6)
-    boxed = {"Linf": [0.5, 0.5, 0.0], "L2": [0.5, 0.5, 0.0], "L1": [0.5, 0.5, 0.0]}[cls.__name__]
+    boxed = {"Linf": [0.5, 0.5, 0.0], "L2": [0.5, 0.5, 0.0], "L1": [0.5, 0.5, 0.0], "L0": [0.5, 0, 0]}[cls.__name__]
     np.testing.assert_allclose(cls(1.0, lower=-9, upper=0.5).project(z, x), boxed, atol=1e-6)
 
 
@@ -135,7 +139,7 @@ def test_projection_to_no_budget_is_x(cls):
 # Samples.
 
 
-@every_threat
+@every_norm
 @pytest.mark.parametrize("n", [1, 3, 20])
 def test_samples_are_uniform_in_the_ball(cls, n):
     epsilon, draws = 0.3, 4000
@@ -159,7 +163,7 @@ def test_samples_are_uniform_in_the_ball(cls, n):
         assert abs(np.corrcoef(offsets[:, 0], offsets[:, -1])[0, 1]) < 0.06
 
 
-@every_threat
+@every_norm
 def test_samples_of_images_fill_the_ball(cls):
     """In 784 dimensions nearly all volume is at the surface: a radius drawn uniformly would show."""
     x = jnp.full((28, 28, 1), 0.5)
@@ -167,6 +171,55 @@ def test_samples_of_images_fill_the_ball(cls):
     radii = references.norm(order_of(cls), points - x)
     assert (radii > 0.97).all()
     assert (radii <= 1 + 1e-5).all()
+
+
+# The number of coordinates.
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_l0_projection_against_every_choice_of_coordinates(n):
+    random = np.random.default_rng(n)
+    project = jax.jit(lambda epsilon, z, x: jn.L0(epsilon).project(z, x))
+    for count in range(n + 2):
+        x, z = random.uniform(size=n), random.normal(0.5, 2, size=n)
+        points = [np.where(np.isin(range(n), kept), np.clip(z, 0, 1), x)
+                  for size in range(min(count, n) + 1) for kept in itertools.combinations(range(n), size)]  # fmt: skip
+        nearest = min(((point - z) ** 2).sum() for point in points)
+        for epsilon in (count, count + 0.9):
+            found = np.asarray(project(epsilon, jnp.float32(z), jnp.float32(x)), np.float64)
+            np.testing.assert_allclose(((found - z) ** 2).sum(), nearest, rtol=1e-5, atol=1e-9)
+            assert (found != np.float32(x)).sum() <= count
+
+
+@given(seed=seeds)
+def test_l0_projection_keeps_the_first_of_equals_and_no_more(seed):
+    random = np.random.default_rng(seed)
+    x, z = np.zeros(40), random.choice([-2e30, -0.5, 0.0, 1e-30, 0.5, 2.0], size=40)
+    epsilon = random.integers(0, 42)
+    expected = references.project(0, z, x, epsilon, *FACES.values())
+    found = projected(jn.L0)(jnp.asarray([epsilon]), jnp.float32(z)[None], jnp.float32(x)[None])
+    np.testing.assert_array_equal(found[0], np.float32(expected))
+
+
+@pytest.mark.parametrize("epsilon", [jnp.inf, 12, jnp.int32(2**31 - 1), 1e12])
+def test_l0_budget_beyond_the_number_of_coordinates(epsilon):
+    x, z = jnp.zeros((3, 4)), jnp.full((3, 4), 2.0)
+    np.testing.assert_array_equal(jn.L0(epsilon).project(z, x), jnp.ones((3, 4)))
+
+
+def test_l0_size_of_many_coordinates_in_half_precision():
+    assert jn.L0(1).size(jnp.ones((300, 300), jnp.bfloat16)) == 90_000
+
+
+def test_l0_samples_are_uniform_choices_of_uniform_values():
+    x, threat = jnp.full((2, 5), 0.25), jn.L0(3.5, lower=-1.0, upper=2.0)
+    points = jax.jit(jax.vmap(lambda key: threat.sample(key, x)))(jax.random.split(jax.random.key(0), 4000))
+    points = np.asarray(points, np.float64).reshape(4000, 10)
+    changed = points != 0.25
+    assert (changed.sum(axis=1) == 3).all()
+    np.testing.assert_allclose(changed.mean(axis=0), 0.3, atol=0.03)
+    assert abs(np.corrcoef(changed.T)[~np.eye(10, dtype=bool)] + 1 / 9).max() < 0.06
+    assert scipy.stats.kstest((points[changed] + 1) / 3, "uniform").pvalue > 1e-3
 
 
 # Direction and size.
@@ -239,8 +292,8 @@ def test_derivatives_at_zero_are_finite(cls, epsilon, x):
 def test_gradient_of_projection_is_that_of_differences(cls, seed):
     with jax.enable_x64(True):
         x, z, epsilon = scene(seed, rows=6)
-        # A coordinate that rests on a face is at a kink of the box.
-        z = np.where((z == x) & np.isin(x, list(FACES.values())), 0.9 * z, z)
+        # A coordinate that rests on a face is at a kink of the box, one that rests anywhere at one of L0.
+        z = np.where((z == x) & (np.isin(x, list(FACES.values())) | (cls is jn.L0)), 0.9 * z, z)
         random = np.random.default_rng(seed)
         along, weights = random.normal(size=(2, *x.shape))
         value, slope = jax.jvp(lambda z: (weights * projected(cls)(epsilon, z, x)).sum(axis=1), (z,), (along,))

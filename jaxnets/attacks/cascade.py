@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from jaxnets import parallel
@@ -43,7 +44,7 @@ class Cascade:
     batch_size: int = 500
 
     def __call__(self, key: Array, logits_fn: LogitsFn, x: Array, target: Array, /) -> Array:
-        if isinstance(x, jax.core.Tracer):
+        if isinstance(x, Tracer):
             raise ValueError("a cascade gathers surviving rows on the host: call it outside jit, or use worst_of")
         check_rows(x, target)
         return jax.numpy.asarray(self.run(key, logits_fn, x, target).x)

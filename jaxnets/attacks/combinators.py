@@ -1,16 +1,20 @@
-"""Attacks made of attacks: row by row the best of several, or of several starts."""
+"""Attacks made of attacks: row by row the best of several or of several starts, or the first epsilon that does it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
-from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.calling import as_pytree, check_rows, row_keys
 from jaxnets.attacks.ranking import Candidate, better, candidate, nothing_yet
+from jaxnets.attacks.stochastic import expected_logits, redrawn
 from jaxnets.losses import is_targeted, margin, targeted
+from jaxnets.threats import Threat
 from jaxnets.types import Array, Attack, LogitsFn, Loss
 
 
@@ -30,7 +34,7 @@ def worst_of(*attacks: Attack, loss: Loss | None = None) -> Attack:
     return Combination(_worst_of, attacks, _common_goal(attacks) if loss is None else loss)
 
 
-def restarts(attack: Attack, times: int, *, loss: Loss | None = None) -> Attack:
+def restarts(attack: Attack, times: int, *, at_once: int = 1, loss: Loss | None = None) -> Attack:
     """Runs an attack ``times`` times with different keys and keeps the worst point of each row, as `worst_of` does.
 
     A row that an earlier run fooled stays fooled: survivors never increase with ``times``.
@@ -38,14 +42,48 @@ def restarts(attack: Attack, times: int, *, loss: Loss | None = None) -> Attack:
     Args:
       attack: one with a random start.
       times: number of runs, at least 1.
+      at_once: runs that share a call, along an axis beside that of the rows: as many as memory allows. The result is
+        the same. Where it does not divide ``times``, the last call repeats a run.
       loss: as for `worst_of`.
 
     Raises:
-      ValueError: for fewer than one run.
+      ValueError: for fewer than one run, in all or at once.
     """
-    if times < 1:
-        raise ValueError(f"restarts runs an attack at least once, got times={times}")
-    return Combination(_restarts, (attack, times), _common_goal([attack]) if loss is None else loss)
+    if times < 1 or at_once < 1:
+        raise ValueError(f"restarts runs an attack at least once, got times={times}, at_once={at_once}")
+    return Combination(_restarts, (attack, times, at_once), _common_goal([attack]) if loss is None else loss)
+
+
+def escalate(
+    attack: Callable[..., Array], threat: Threat, epsilons: Sequence[float], *, loss: Loss | None = None
+) -> Attack:
+    """Attacks under rising epsilons, each row up to the first at which it breaks, and returns its example from there.
+
+    A row that is wrong as it is comes back as it is, and one that no epsilon breaks at its worst point found. A broken
+    row is left alone, and no epsilon is tried once all are broken.
+
+    Args:
+      attack: ``(key, logits_fn, x, target, *, threat) -> x_adv``, an attack without its threat:
+        ``partial(pgd, steps=40)``.
+      threat: the norm and the box; its own epsilon is replaced.
+      epsilons: rising.
+      loss: as for `worst_of`.
+
+    Raises:
+      ValueError: without epsilons, or where they do not rise.
+
+    >>> import jaxnets as jn
+    >>> attack = escalate(jn.attacks.fgsm, jn.Linf(0.0), [0.1, 0.2, 0.3])
+    >>> x, y = jnp.array([[0.5, 0.2], [0.4, 0.5]]), jnp.array([0, 0])
+    >>> print(attack(jax.random.key(0), lambda x: x, x, y))
+    [[0.3 0.4]
+     [0.4 0.5]]
+    """
+    rising = np.asarray(epsilons, np.float64)
+    if rising.ndim != 1 or len(rising) < 1 or not (np.diff(rising) > 0).all() or not (rising >= 0).all():
+        raise ValueError(f"escalate takes rising epsilons of at least 0, at least one, got {epsilons}")
+    goal = _common_goal([attack]) if loss is None else loss
+    return Combination(_escalate, (attack, threat, tuple(rising.tolist())), goal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,25 +108,63 @@ class Combination:
 
 def _worst_of(key: Array, logits_fn: Partial, x: Array, target: Array, loss: Loss, *attacks: Attack) -> Array:
     keys = row_keys(key, len(x))
+    judge = _judge(logits_fn, keys, len(attacks), target, loss)
     best = nothing_yet(x)
     for number, attack in enumerate(attacks):
-        best = _run(attack, number, keys, logits_fn, x, target, loss, best)
+        own_keys = _run_keys(keys, number)
+        best = better(best, judge(attack(own_keys, redrawn(logits_fn, own_keys, 0), x, target)))
     return best.x
 
 
-def _restarts(key: Array, logits_fn: Partial, x: Array, target: Array, loss: Loss, attack: Attack, times: int) -> Array:
+def _restarts(key, logits_fn: Partial, x: Array, target: Array, loss: Loss, attack: Attack, times: int, at_once: int):
     keys = row_keys(key, len(x))
+    judge = _judge(logits_fn, keys, times, target, loss)
 
-    def again(number, best):
-        return _run(attack, number, keys, logits_fn, x, target, loss, best)
+    def run(number):
+        own_keys = _run_keys(keys, number)
+        return judge(attack(own_keys, redrawn(logits_fn, own_keys, 0), x, target))
 
-    return jax.lax.fori_loop(0, times, again, nothing_yet(x)).x
+    def again(call, best):
+        numbers = jnp.minimum(call * at_once + jnp.arange(at_once), times - 1)
+        found = jax.vmap(run)(numbers)
+        for number in range(at_once):
+            best = better(best, jax.tree.map(lambda leaf: leaf[number], found))  # noqa: B023
+        return best
+
+    def one(number, best):
+        return better(best, run(number))
+
+    if at_once == 1:
+        return jax.lax.fori_loop(0, times, one, nothing_yet(x)).x
+    return jax.lax.fori_loop(0, -(-times // at_once), again, nothing_yet(x)).x
 
 
-def _run(attack: Attack, number: Any, keys: Array, logits_fn, x, target, loss: Loss, best: Candidate) -> Candidate:
-    own_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
-    x_adv = attack(own_keys, logits_fn, x, target)
-    return better(best, candidate(loss, x_adv, checked_logits(logits_fn(x_adv), x), target))
+def _escalate(key, logits_fn: Partial, x: Array, target: Array, loss: Loss, attack, threat: Any, epsilons) -> Array:
+    keys, values = row_keys(key, len(x)), jnp.asarray(epsilons)
+    judge = _judge(logits_fn, keys, len(epsilons), target, loss)
+
+    def harder(carry):
+        number, held = carry
+        own_keys = _run_keys(keys, number)
+        wider = replace(threat, epsilon=values[number])
+        x_adv = attack(own_keys, redrawn(logits_fn, own_keys, 0), x, target, threat=wider)
+        return number + 1, better(held, judge(x_adv), among=~held.success)
+
+    def unfinished(carry):
+        number, held = carry
+        return (number < len(epsilons)) & ~jnp.all(held.success)
+
+    return jax.lax.while_loop(unfinished, harder, (0, better(nothing_yet(x), judge(x))))[1].x
+
+
+def _run_keys(keys: Array, number: Any) -> Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+
+
+def _judge(logits_fn: LogitsFn, keys: Array, runs: int, target: Array, loss: Loss) -> Callable[[Array], Candidate]:
+    """What ranks the points of ``runs`` runs. A model that draws does so alike for all, and as in none of them."""
+    judging = redrawn(logits_fn, keys, runs)
+    return lambda x_adv: candidate(loss, x_adv, expected_logits(judging, x_adv), target)
 
 
 def _common_goal(attacks) -> Loss:

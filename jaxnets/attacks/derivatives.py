@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.attacks.calling import checked_logits
-from jaxnets.attacks.stochastic import Stochastic
+from jaxnets.attacks.stochastic import Stochastic, mean_over_draws
 from jaxnets.types import Array, LogitsFn, Loss
 
 
@@ -20,15 +20,9 @@ def input_gradient(logits_fn: LogitsFn, loss: Loss, x: Array, target: Array) -> 
         return jnp.sum(loss(logits, target)), logits
 
     one = jax.grad(total, has_aux=True)
-    if not isinstance(logits_fn, Stochastic) or logits_fn.samples == 1:
+    if not isinstance(logits_fn, Stochastic):
         return one(x, logits_fn)
-
-    def add(draw, sums):
-        return jax.tree.map(jnp.add, sums, one(x, logits_fn.draw(draw, len(x))))
-
-    first = one(x, logits_fn.draw(0, len(x)))
-    sums = jax.lax.fori_loop(1, logits_fn.samples, add, first)
-    return jax.tree.map(lambda leaf: leaf / logits_fn.samples, sums)
+    return mean_over_draws(lambda model: one(x, model), logits_fn, len(x))
 
 
 def class_gradients(logits_fn: LogitsFn, x: Array) -> tuple[Array, Array]:

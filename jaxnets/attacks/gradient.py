@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.calling import as_pytree, check_rows, row_keys
 from jaxnets.attacks.derivatives import input_gradient
 from jaxnets.attacks.ranking import better, candidate, nothing_yet
 from jaxnets.attacks.rules import Rule, steepest
 from jaxnets.attacks.start import Start, at_clean, uniform
-from jaxnets.attacks.stochastic import redrawn
+from jaxnets.attacks.stochastic import expected_logits, redrawn
 from jaxnets.losses import cross_entropy
 from jaxnets.threats import Threat, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss
@@ -140,7 +140,7 @@ def _pgd(key, logits_fn, x, target, threat, step_size, loss, start, rule, *, ste
 
     carry = start(keys, threat, x), jax.vmap(rule.init)(x), nothing_yet(x)
     x_last, _, best = jax.lax.fori_loop(0, steps, ascend, carry)
-    logits = checked_logits(redrawn(logits_fn, keys, steps)(x_last), x)
+    logits = expected_logits(redrawn(logits_fn, keys, steps), x_last)
     return better(best, candidate(loss, x_last, logits, target)).x
 
 
@@ -149,7 +149,8 @@ def _a_row(value: Any, x: Array) -> Array:
 
 
 def _step(threat: Threat, lengths: Array, x: Array, x_t: Array, gradient: Array, rule: Rule, state: Any):
-    """The next iterates and states of all rows."""
+    """The next iterates and states of all rows; a coordinate whose gradient is NaN has none."""
+    gradient = jnp.nan_to_num(gradient)
 
     def one(threat, state, length, x_t, gradient, x):
         z, state = rule.step(state, threat, length, gradient, x_t)

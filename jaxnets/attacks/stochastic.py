@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jaxnets.attacks.calling import as_pytree, row_keys
+from jaxnets.attacks.calling import as_pytree, checked_logits, row_keys
 from jaxnets.types import Array, LogitsFn
 
 
@@ -19,7 +20,10 @@ class Stochastic:
     Attributes:
       model: the random classifier.
       key: what a call outside an attack draws with; one key, or one a row.
-      samples: draws per gradient; static.
+      samples: draws per gradient, at least 1; static.
+
+    Raises:
+      ValueError: for fewer than one draw.
 
     >>> noisy = Stochastic(lambda key, x: x + jax.random.normal(key, x.shape), jax.random.key(0), samples=8)
     >>> noisy(jnp.zeros((2, 3))).shape
@@ -29,6 +33,10 @@ class Stochastic:
     model: Any
     key: Array
     samples: int = 1
+
+    def __post_init__(self):
+        if self.samples < 1:
+            raise ValueError(f"a Stochastic model takes at least one draw, got samples={self.samples}")
 
     def __call__(self, x: Array) -> Array:
         return jax.vmap(lambda key, row: self.model(key, row[None])[0])(row_keys(self.key, len(x)), x)
@@ -51,3 +59,23 @@ def redrawn(logits_fn: LogitsFn, keys: Array, step: Any) -> LogitsFn:
     if not isinstance(logits_fn, Stochastic):
         return logits_fn
     return replace(logits_fn, key=keys).draw(step, len(keys))
+
+
+def expected_logits(logits_fn: LogitsFn, x: Array) -> Array:
+    """The logits ``[B, K]``, of a `Stochastic` model their mean over its draws: what attacks judge their points by."""
+    if not isinstance(logits_fn, Stochastic):
+        return checked_logits(logits_fn(x), x)
+    return mean_over_draws(lambda model: checked_logits(model(x), x), logits_fn, len(x))
+
+
+def mean_over_draws(function: Any, model: Stochastic, rows: int) -> Any:
+    """The mean of ``function(model)``, a pytree of floats, over the model's draws, one after the other."""
+    if model.samples == 1:
+        return function(model)
+
+    def add(number, sums):
+        return jax.tree.map(jnp.add, sums, function(model.draw(number, rows)))
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, model))
+    sums = jax.lax.fori_loop(0, model.samples, add, zeros)
+    return jax.tree.map(lambda leaf: leaf / model.samples, sums)

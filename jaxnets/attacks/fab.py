@@ -1,0 +1,245 @@
+"""Fast adaptive boundary attack: steps to the linearised boundary that are drawn towards the clean point."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.hyperplane import (
+    Hyperplane,
+    boundary_to,
+    check_classes,
+    check_norm,
+    likeliest_others,
+    linearised,
+    reached,
+    seen_from,
+    step_to,
+)
+from jaxnets.attacks.ranking import Nearest, nearer, nothing_found, within
+from jaxnets.attacks.start import Start, at_clean
+from jaxnets.attacks.stochastic import redrawn
+from jaxnets.losses import margin
+from jaxnets.threats import Threat, check_one_a_row, each_row, sizes
+from jaxnets.types import Array, LogitsFn, Loss
+
+
+def fab(
+    key: Array,
+    logits_fn: LogitsFn,
+    x: Array,
+    target: Array,
+    *,
+    threat: Threat,
+    steps: int = 100,
+    loss: Loss = margin,
+    start: Start = at_clean,
+    alpha_max: Any = 0.1,
+    eta: Any = 1.05,
+    beta: Any = 0.9,
+) -> Array:
+    """Fast adaptive boundary attack (FAB): the smallest perturbation that it finds, of every row.
+
+    With ``pi_t`` the nearest of the boundaries linearised at ``x_t``, and ``d_t`` and ``d_0`` the smallest steps inside
+    the box to it from ``z_t`` and from ``x``::
+
+        z_t     = x + beta (x_t - x) where x_t is adversarial, x_t elsewhere
+        alpha   = min(|d_t| / (|d_t| + |d_0|), alpha_max)
+        x_{t+1} = clip((1 - alpha) (z_t + eta d_t) + alpha (x + eta d_0))
+
+    The paper takes the gradients at ``z_t``. Taken at ``x_t``, which lies next to the boundary, the pass that tells
+    whether an iterate is adversarial gives the gradients too: one pass of the model a step, where the authors' code
+    has two. The cost is ``steps`` forward passes with ``K - 1`` backward passes each, and two more forward passes.
+    `fab_targeted` has one backward pass a step, and tries every class by itself.
+
+    Args:
+      key: one key, or one a row ``[B]``; used by ``start`` and by models that draw.
+      logits_fn: ``x[B, ...] -> logits[B, K]``.
+      x: clean rows ``[B, ...]`` inside the threat's box.
+      target: classes ``[B]``: the right ones, or the wanted ones for a targeted loss.
+      threat: `Linf`, `L2` or `L1`: the norm, the box, and the size beyond which a result does not count, which may be
+        infinite.
+      steps: number of iterates at which gradients are taken, at least 1; static.
+      loss: only its goal is used: a `losses.targeted` one looks for points of the class ``target``, by the boundary
+        between it and the class that leads it.
+      start: the first iterate; `halfway` for further runs.
+      alpha_max: largest weight of the way that begins at the clean point, in [0, 1].
+      eta: how far past the boundary a step goes, at least 1.
+      beta: what is left of an adversarial perturbation before the next step, in (0, 1).
+
+    Returns:
+      ``x_adv[B, ...]``: the nearest adversarial iterate; ``x`` itself where ``x`` is adversarial, and where none was
+      found or the nearest lies beyond epsilon.
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit, another threat, fewer than one step or than 2 classes.
+
+    Croce and Hein 2020, https://arxiv.org/abs/1907.02044 (without restarts and without their final search).
+
+    >>> import jaxnets as jn
+    >>> x, y = jnp.array([[0.75, 0.25]]), jnp.array([0])
+    >>> print(fab(jax.random.key(0), lambda x: x, x, y, threat=jn.Linf(jnp.inf), steps=30).round(2))
+    [[0.5 0.5]]
+    """
+    _check(x, target, threat, steps, "fab")
+    pull = _pull(x, alpha_max, eta, beta)
+    return _fab(key, as_pytree(logits_fn), x, target, threat, as_pytree(loss), as_pytree(start), pull, steps=steps)
+
+
+def fab_targeted(
+    key: Array,
+    logits_fn: LogitsFn,
+    x: Array,
+    target: Array,
+    *,
+    threat: Threat,
+    steps: int = 100,
+    classes: int = 9,
+    start: Start = at_clean,
+    alpha_max: Any = 0.1,
+    eta: Any = 1.05,
+    beta: Any = 0.9,
+) -> Array:
+    """FAB-T: `fab` once towards each of the likeliest other classes, and the nearest point of all these runs.
+
+    A run knows one boundary, ``z_c = z_y`` for its own class ``c``, so that a step costs one backward pass however many
+    classes there are. A point counts in whatever wrong class it lies: the attack is untargeted. All runs of all rows
+    are one batch of ``B min(classes, K - 1)`` rows.
+
+    Args:
+      key, logits_fn, x, threat, steps, start, alpha_max, eta, beta: as for `fab`.
+      target: the right classes ``[B]``.
+      classes: number of runs a row, towards the classes with the highest logits at ``x``; static.
+
+    Returns:
+      ``x_adv[B, ...]``, as `fab` does.
+
+    Raises:
+      ValueError: as `fab` does, and for fewer than one class to run to.
+
+    Croce and Hein 2020, https://arxiv.org/abs/2003.01690; https://arxiv.org/abs/1907.02044.
+
+    >>> import jaxnets as jn
+    >>> x, y = jnp.array([[0.75, 0.25]]), jnp.array([0])
+    >>> print(fab_targeted(jax.random.key(0), lambda x: x, x, y, threat=jn.L1(jnp.inf), steps=30).round(2).sum())
+    1.0
+    """
+    _check(x, target, threat, steps, "fab_targeted")
+    arguments = (as_pytree(logits_fn), x, target, threat, as_pytree(start), _pull(x, alpha_max, eta, beta))
+    return _fab_targeted(key, *arguments, steps=steps, classes=classes)
+
+
+def halfway(keys: Array, threat: Threat, x: Array) -> Array:
+    """A `Start` in a random direction, at half of epsilon (at most half the size of the box), cut to the box.
+
+    What the paper does in runs after the first, which begins at the clean point: ``worst_of(partial(fab, threat=t),
+    restarts(partial(fab, threat=t, start=halfway), 4))``. Where an earlier run found something, its sizes are the
+    epsilon of the next.
+    """
+
+    def one(threat, key, x):
+        offset = replace(threat, epsilon=jnp.ones((), x.dtype)).sample(key, jnp.zeros_like(x))
+        radius = jnp.minimum(threat.epsilon, threat.size(jnp.full_like(x, threat.upper - threat.lower))) / 2
+        size = threat.size(offset)
+        return jnp.clip(x + radius * offset / jnp.where(size > 0, size, 1), threat.lower, threat.upper)
+
+    return each_row(one, threat, keys, x)
+
+
+class _Pull(NamedTuple):
+    alpha_max: Array
+    eta: Array
+    beta: Array
+
+
+class _Rows(NamedTuple):
+    """What the runs have each one of."""
+
+    keys: Array
+    x: Array
+    target: Array
+
+
+def _pull(x: Array, *values: Any) -> _Pull:
+    return _Pull(*(jnp.asarray(value, x.dtype) for value in values))
+
+
+def _check(x: Array, target: Array, threat: Threat, steps: int, name: str) -> None:
+    check_rows(x, target)
+    check_norm(threat, name)
+    check_classes(target, name)
+    check_one_a_row(x, epsilon=threat.epsilon)
+    if steps < 1:
+        raise ValueError(f"{name} takes at least one step, got steps={steps}")
+
+
+@partial(jax.jit, static_argnames="steps")
+def _fab(key, logits_fn, x, target, threat, loss, start, pull, *, steps):
+    rows = _Rows(row_keys(key, len(x)), x, target)
+    clean = checked_logits(redrawn(logits_fn, rows.keys, 0)(x), x)
+    others = likeliest_others(clean, target)
+
+    def boundary(model, x_t):
+        return linearised(threat, loss, model, x_t, target, others)
+
+    found = _run(rows, logits_fn, boundary, start(rows.keys, threat, x), threat, loss, pull, steps)
+    return within(nearer(found, x, reached(loss, clean, target), jnp.zeros(len(x))), threat, x)
+
+
+@partial(jax.jit, static_argnames=("steps", "classes"))
+def _fab_targeted(key, logits_fn, x, target, threat, start, pull, *, steps, classes):
+    keys = row_keys(key, len(x))
+    clean = checked_logits(redrawn(logits_fn, keys, 0)(x), x)
+    others = likeliest_others(clean, target, classes)
+    runs = others.shape[1]
+    own_keys = jax.vmap(lambda key: jax.random.split(key, runs))(keys).ravel()
+    rows = _Rows(own_keys, *(jnp.repeat(leaf, runs, axis=0) for leaf in (x, target)))
+
+    def boundary(model, x_t):
+        return boundary_to(model, x_t, rows.target, others.ravel())
+
+    wide = replace(threat, epsilon=jnp.repeat(jnp.broadcast_to(threat.epsilon, len(x)), runs))  # pyright: ignore
+    found = _run(rows, logits_fn, boundary, start(own_keys, wide, rows.x), wide, margin, pull, steps)
+    found = jax.tree.map(lambda leaf: leaf.reshape(len(x), runs, *leaf.shape[1:]), found)
+    best = jnp.argmin(found.size, axis=1)
+    found = jax.tree.map(lambda leaf: leaf[jnp.arange(len(x)), best], found)
+    return within(nearer(found, x, reached(margin, clean, target), jnp.zeros(len(x))), threat, x)
+
+
+def _run(
+    rows: _Rows,
+    logits_fn: LogitsFn,
+    boundary: Callable[[LogitsFn, Array], tuple[Array, Hyperplane]],
+    x_0: Array,
+    threat: Threat,
+    loss: Loss,
+    pull: _Pull,
+    steps: int,
+) -> Nearest:
+    """The nearest adversarial iterate of every row."""
+    advance = jax.vmap(partial(_advance, threat, pull))
+
+    def step(number, carry):
+        x_t, best = carry
+        logits, plane = boundary(redrawn(logits_fn, rows.keys, number + 1), x_t)
+        success = reached(loss, logits, rows.target)
+        return advance(rows.x, x_t, success, plane), nearer(best, x_t, success, sizes(threat, x_t, rows.x))
+
+    x_t, best = jax.lax.fori_loop(0, steps, step, (x_0, nothing_found(rows.x)))
+    logits = checked_logits(redrawn(logits_fn, rows.keys, steps + 1)(x_t), x_t)
+    return nearer(best, x_t, reached(loss, logits, rows.target), sizes(threat, x_t, rows.x))
+
+
+def _advance(threat: Threat, pull: _Pull, x: Array, x_t: Array, success: Array, plane: Hyperplane) -> Array:
+    """The next iterate of one example."""
+    z = jnp.where(success, x + pull.beta * (x_t - x), x_t)
+    step, clean_step = (step_to(threat, begin, seen_from(begin, plane, x_t)) for begin in (z, x))
+    size, clean_size = threat.size(step), threat.size(clean_step)
+    total = size + clean_size
+    alpha = jnp.minimum(size / jnp.where(total > 0, total, 1), pull.alpha_max)
+    moved = (1 - alpha) * (z + pull.eta * step) + alpha * (x + pull.eta * clean_step)
+    return jnp.clip(moved, threat.lower, threat.upper)

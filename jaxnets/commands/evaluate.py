@@ -1,0 +1,136 @@
+"""``jaxnets evaluate``: attacks trained networks harder, and writes one table and one picture."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxnets import attacks, losses, plots
+from jaxnets.cli import Evaluate
+from jaxnets.commands.run import Run, check_at_least, load, versions, write_json
+from jaxnets.diagnostics import masked_gradients
+from jaxnets.evaluation import Report, robustness_curve, table
+from jaxnets.evaluation import evaluate as evaluate_attacks
+from jaxnets.threats import Threat
+from jaxnets.types import Attack
+from jaxnets.verification import Examples, accuracy_interval, save_examples
+
+
+def _pgd_three_times(c: Evaluate, threat: Threat, classes: int) -> dict[str, Attack]:
+    pgd = partial(attacks.pgd, threat=threat, steps=c.steps)
+    return {
+        f"pgd-{c.steps}x{c.restarts} {name}": attacks.restarts(partial(pgd, loss=loss), c.restarts)
+        for name, loss in (("ce", losses.cross_entropy), ("margin", losses.margin), ("dlr", losses.dlr))
+    }
+
+
+def _cascade(version: Callable[..., dict[str, Attack]], name: str):
+    def suite(c: Evaluate, threat: Threat, classes: int) -> dict[str, Attack]:
+        return {name: attacks.cascade(version(threat, classes=classes))}
+
+    return suite
+
+
+SUITES: dict[str, Callable[[Evaluate, Threat, int], dict[str, Attack]]] = {
+    "pgd": _pgd_three_times,
+    "autoattack": _cascade(attacks.standard, "autoattack"),
+    "autoattack_plus": _cascade(attacks.plus, "autoattack plus"),
+    "autoattack_rand": _cascade(attacks.rand, "autoattack rand"),
+}
+
+
+def evaluate(command: Evaluate) -> None:
+    """Attacks every run and writes one table and one picture."""
+    if not command.runs:
+        raise ValueError("name at least one run to evaluate: jaxnets evaluate RUN [RUN ...]")
+    check_at_least(command, steps=1, restarts=1, examples=1)
+    if command.epsilon is not None:
+        check_at_least(command, epsilon=0)
+    reports, curves = {}, {}
+    for folder in command.runs:
+        run, model = load(
+            folder,
+            examples=command.examples,
+            threat=command.threat,
+            epsilon=command.epsilon,
+            data_dir=command.data_dir,
+        )
+        reports[str(folder)] = report = _attack(command, run, model)
+        curves[str(folder)] = pgd_curve(run, model)
+        print(f"{folder} in {run.threat}: worst case {report.accuracies()['worst case']:.2%}\n{report.costs()}")
+        print(masked_gradients(run.attack_key, model, run.x[:200], run.y[:200], threat=run.threat), flush=True)
+        if command.save:
+            _save(command, folder, run, report)
+    columns = [report.with_worst_case() for report in reports.values()]
+    rows = {name: [(int(column[name].sum()), len(column[name])) for column in columns] for name in columns[0]}
+    print(table(rows, list(reports)))
+    out = command.out or command.runs[0]
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "evaluation.json", {name: as_json(report) for name, report in reports.items()})
+    plots.accuracy_against_epsilon(out / "evaluation.png", curves, xlabel="epsilon")
+    print(f"written: {out}/evaluation.json, evaluation.png")
+
+
+def _attack(command: Evaluate, run: Run, model: Any) -> Report:
+    suite = SUITES[command.attack](command, run.threat, len(run.dataset.classes))
+    key = jax.random.key(command.seed)
+    for warning in attacks.check_model(key, model, run.x[:100], run.y[:100]):
+        print(f"jaxnets: {warning}", file=sys.stderr)
+    with _Bars(len(run.x)) as bars:
+        return evaluate_attacks(key, model, run.x, run.y, suite, threat=run.threat, on_batch=bars)
+
+
+class _Bars:
+    """A progress bar an attack, on a terminal alone."""
+
+    def __init__(self, rows: int):
+        self._rows = rows
+        self._bars: dict[str, tqdm] = {}
+
+    def __enter__(self):
+        return self
+
+    def __call__(self, name: str, rows: int) -> None:
+        if name not in self._bars:
+            self._bars[name] = tqdm(desc=name, total=self._rows, unit="row", disable=None)
+        self._bars[name].update(rows)
+
+    def __exit__(self, *error: object) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+
+def _save(command: Evaluate, folder: Path, run: Run, report: Report) -> None:
+    path = folder / f"adversarial-{command.attack}-{type(run.threat).__name__.lower()}{run.threat.epsilon:g}.npz"
+    config = json.loads(json.dumps(dataclasses.asdict(command), default=str))
+    origin = {"run": str(folder), "seed": command.seed, "config": config, "versions": versions()}
+    save_examples(path, Examples(run.x, run.y, report.examples, report.survived, run.threat, origin))
+    print(f"written: {path}; check it with: jaxnets verify {path}")
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The numbers of a report by name."""
+
+    def entry(name: str, rows: np.ndarray) -> dict[str, Any]:
+        correct, total = int(rows.sum()), len(rows)
+        said = {"accuracy": correct / total, "rows": total, "interval95": accuracy_interval(correct, total)}
+        if name in report.queries:
+            said["mean_queries"] = float(report.queries[name][report.survived["clean"]].mean())
+        return said
+
+    return {name: entry(name, rows) for name, rows in report.with_worst_case().items()}
+
+
+def pgd_curve(run: Run, model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy of at most 500 test rows under PGD-20 from no perturbation to twice the threat's."""
+    epsilons = np.linspace(0, 2 * (run.threat.epsilon or 0.1), 9)
+    attack = partial(attacks.pgd, steps=20)
+    x, y = run.x[:500], run.y[:500]
+    return epsilons, robustness_curve(run.attack_key, model, x, y, attack, threat=run.threat, epsilons=epsilons)

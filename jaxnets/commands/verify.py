@@ -1,0 +1,39 @@
+"""``jaxnets verify``: checks saved adversarial examples without any attack in the process."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnets.cli import Verify
+from jaxnets.commands.run import load
+from jaxnets.verification import Examples, InvalidExample, accuracy_interval, check_examples, load_examples
+
+
+def verify(command: Verify) -> None:
+    """Range, ball, the clean rows and the accuracies of a file; anything wrong raises `InvalidExample`."""
+    examples = load_examples(command.file)
+    folder = command.run or Path(examples.origin["run"])
+    run, model = load(folder, examples=len(examples.x), data_dir=command.data_dir)
+    if not (np.array_equal(run.x, examples.x) and np.array_equal(run.y, examples.y)):
+        raise InvalidExample(f"{command.file}: its clean rows are not the first test rows of the data of {folder}")
+    classify = jax.jit(lambda x: jnp.argmax(model(x), axis=-1))
+    predict = lambda x: np.concatenate([classify(rows) for rows in np.array_split(x, -(-len(x) // 500))])  # noqa: E731
+    survivors = check_examples(examples, predict)
+    print(f"{command.file}: {len(examples.x)} rows, all finite, inside the box and inside {examples.threat}")
+    for name, rows in survivors.items():
+        low, high = accuracy_interval(int(rows.sum()), len(rows))
+        print(f"{name:20} {rows.mean():8.2%}   {100 * low:.2f} - {100 * high:.2f}   {rows.sum()}/{len(rows)}")
+    _compare(examples, survivors)
+    print("every accuracy is the one said in the file")
+
+
+def _compare(examples: Examples, survivors: dict[str, np.ndarray]) -> None:
+    for name, rows in survivors.items():
+        wrong = np.flatnonzero(examples.survived[name] != rows)
+        if len(wrong):
+            raise InvalidExample(
+                f"attack {name!r}: {len(wrong)} of {len(rows)} rows are classified otherwise than the file says, "
+                f"row {wrong[0]} first: it was made for other weights, or altered"
+            )

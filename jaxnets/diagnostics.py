@@ -1,0 +1,127 @@
+"""Signs that gradients are masked, so that a model looks more robust than it is."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnets.attacks.calling import as_pytree
+from jaxnets.attacks.combinators import worst_of
+from jaxnets.attacks.derivatives import input_gradient
+from jaxnets.attacks.gradient import fgsm, pgd
+from jaxnets.attacks.square import square
+from jaxnets.evaluation import evaluate
+from jaxnets.losses import cross_entropy, margin
+from jaxnets.threats import Threat
+from jaxnets.types import Array, Attack, LogitsFn
+
+
+class MaskedGradients(NamedTuple):
+    """Five signs of masked gradients (Athalye et al. 2018), as fractions of the rows; print it for the verdict.
+
+    Attributes:
+      zero_gradients: rows at which the gradient of the cross-entropy is exactly zero.
+      clean: right rows without an attack.
+      one_step: right rows under FGSM. Above ``clean``: label leaking (Kurakin et al. 2017).
+      many_steps: right rows under PGD on cross-entropy and margin. Above ``one_step``: steps are worse than one.
+      black_box: by attack without gradients, rows that it broke and PGD did not.
+      unbounded: right rows under PGD that may go anywhere in the box. Above ``chance``: PGD is blind.
+      chance: one over the number of classes.
+    """
+
+    zero_gradients: float
+    clean: float
+    one_step: float
+    many_steps: float
+    black_box: dict[str, float]
+    unbounded: float
+    chance: float
+
+    def signs(self) -> list[str]:
+        """What is suspicious, a line each; none where nothing is."""
+        found = {
+            f"zero gradients at {self.zero_gradients:.1%} of the rows": self.zero_gradients > 0,
+            f"label leaking: FGSM leaves {self.one_step:.1%}, more than the clean {self.clean:.1%}": (
+                self.one_step > self.clean
+            ),
+            f"one step beats many: FGSM leaves {self.one_step:.1%}, PGD {self.many_steps:.1%}": (
+                self.many_steps > self.one_step
+            ),
+            f"an unbounded attack leaves {self.unbounded:.1%}, more than chance ({self.chance:.1%})": (
+                self.unbounded > self.chance
+            ),
+        }
+        found |= {
+            f"{name}, without gradients, breaks {won:.1%} that PGD does not": won > 0.01
+            for name, won in self.black_box.items()
+        }
+        return [sentence for sentence, holds in found.items() if holds]
+
+    def __str__(self) -> str:
+        measured = (
+            f"zero gradients {self.zero_gradients:.1%}, FGSM {self.one_step:.1%}, PGD {self.many_steps:.1%}, "
+            + "".join(f"{name} beyond PGD {won:.1%}, " for name, won in self.black_box.items())
+            + f"unbounded {self.unbounded:.1%}"
+        )
+        signs = self.signs()
+        verdict = "".join(f"\n  sign: {sign}" for sign in signs) if signs else "; no sign"
+        return f"masked gradients? {measured}{verdict}"
+
+
+def masked_gradients(
+    key: Array,
+    logits_fn: LogitsFn,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    threat: Threat,
+    steps: int = 20,
+    black_box: Mapping[str, Attack] | None = None,
+) -> MaskedGradients:
+    """Looks for signs of masked gradients.
+
+    Args:
+      key: of the attacks.
+      logits_fn: ``x[B, ...] -> logits[B, K]``.
+      x: rows ``[N, ...]``, float, inside the threat's box.
+      y: classes ``[N]``.
+      threat: the ball in which FGSM, PGD and the attacks without gradients work.
+      steps: of PGD.
+      black_box: attacks that take no gradient of this model: Square of 500 queries unless given; one that transfers
+        examples from another model.
+
+    Athalye et al. 2018, https://arxiv.org/abs/1802.00420; Carlini et al. 2019, https://arxiv.org/abs/1902.06705.
+    """
+    if black_box is None:
+        black_box = {"square": partial(square, threat=threat, queries=500)}
+    logits_fn = as_pytree(logits_fn)
+    gradient, logits = jax.jit(partial(input_gradient, loss=cross_entropy))(logits_fn, x=jnp.asarray(x), target=y)
+    attacks = {"fgsm": partial(fgsm, threat=threat), "pgd": _many_steps(threat, steps), **black_box}
+    report = evaluate(key, logits_fn, x, y, attacks, threat=threat)
+    everywhere = _whole_box(threat, x)
+    free = evaluate(key, logits_fn, x, y, {"pgd": _many_steps(everywhere, steps)}, threat=everywhere)
+    survived = report.survived
+    return MaskedGradients(
+        zero_gradients=float((np.asarray(gradient) == 0).reshape(len(x), -1).all(axis=1).mean()),
+        clean=float(survived["clean"].mean()),
+        one_step=float(survived["fgsm"].mean()),
+        many_steps=float(survived["pgd"].mean()),
+        black_box={name: float((survived["pgd"] & ~survived[name]).mean()) for name in black_box},
+        unbounded=float(free.survived["pgd"].mean()),
+        chance=1 / logits.shape[-1],
+    )
+
+
+def _many_steps(threat: Threat, steps: int) -> Attack:
+    """PGD on the cross-entropy and on the margin, which does not saturate."""
+    one = partial(pgd, threat=threat, steps=steps)
+    return worst_of(one, partial(one, loss=margin))
+
+
+def _whole_box(threat: Threat, x: np.ndarray) -> Threat:
+    """The same norm with a ball that holds the box."""
+    diagonal = jnp.full(x.shape[1:], threat.upper - threat.lower, x.dtype)
+    return type(threat)(float(threat.size(diagonal)), lower=threat.lower, upper=threat.upper)  # pyright: ignore

@@ -1,0 +1,107 @@
+"""Saved adversarial examples, checked by code that knows no attack."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import jaxnets as jn
+from jaxnets.verification import Examples, InvalidExample, check_examples, load_examples, save_examples
+
+
+def predict(x):
+    return (x.reshape(len(x), -1).mean(axis=1) > 0.5).astype(int)
+
+
+def examples(epsilon=0.1):
+    x = np.linspace(0.2, 0.8, 12, dtype=np.float32).reshape(6, 2)
+    y = predict(x)
+    x_adv = np.clip(x + np.where(y == 1, -1, 1)[:, None] * np.float32(epsilon), 0, 1)
+    survived = {"clean": np.ones(6, bool), "push": predict(x_adv) == y}
+    return Examples(x, y, {"push": x_adv}, survived, jn.Linf(epsilon), {"seed": 3})
+
+
+def test_what_is_written_is_read(tmp_path):
+    path, before = tmp_path / "a.npz", examples()
+    save_examples(path, before)
+    after = load_examples(path)
+    assert after.threat == before.threat
+    assert after.origin == {"seed": 3}
+    np.testing.assert_array_equal(after.x_adv["push"], before.x_adv["push"])
+    np.testing.assert_array_equal(after.survived["push"], before.survived["push"])
+    survivors = check_examples(after, predict)
+    np.testing.assert_array_equal(survivors["push"], before.survived["push"])
+    assert 0 < survivors["push"].sum() < 6
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.parametrize(
+    "threat",
+    [jn.L2(np.inf), jn.L1(2.5, lower=-1.0, top=3), jn.L2(0.5, upper=255.0), jn.L0(2), jn.Masked([True, False])],
+)
+def test_threats_are_kept(tmp_path, threat):
+    save_examples(tmp_path / "a.npz", examples()._replace(threat=threat))
+    assert load_examples(tmp_path / "a.npz").threat == threat
+
+
+def altered(**changes):
+    return examples()._replace(**changes)
+
+
+def nudged(place, value):
+    x_adv = examples().x_adv["push"].copy()
+    x_adv[place] = value
+    return altered(x_adv={"push": x_adv})
+
+
+@pytest.mark.parametrize(("bad", "said"), [
+    (nudged((2, 0), np.nan), "row 2 is not finite"),
+    (nudged((5, 1), 1.01), "row 5 leaves the box"),
+    (nudged((1, 1), 0.9), "row 1 leaves the ball"),
+    (altered(threat=jn.Linf(0.09)), "leaves the ball"),
+    (altered(threat=jn.L0(1)), "leaves the ball"),
+    (altered(threat=jn.Masked([True, False])), "leaves the ball"),
+    (altered(x_adv={"push": np.zeros((5, 2))}), "examples for"),
+    (altered(x=examples().x + 1), "attack 'clean'.* leaves the box"),
+])  # fmt: skip
+def test_bad_examples_are_found(bad, said):
+    with pytest.raises(InvalidExample, match=said):
+        check_examples(bad, predict)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes()[:200]),
+    lambda path: path.write_text("{}"),
+    lambda path: np.savez(path, x=np.zeros(3)),
+    lambda path: np.savez(path, x=np.array([{}], object), about=np.array("{}")),
+])  # fmt: skip
+def test_a_damaged_file_is_said_to_be(tmp_path, damage):
+    path = tmp_path / "a.npz"
+    save_examples(path, examples())
+    damage(path)
+    with pytest.raises(ValueError, match=r"a\.npz is no file of adversarial examples, or is damaged"):
+        load_examples(path)
+
+
+def test_an_infinite_ball_still_has_a_box():
+    bad = nudged((0, 0), 1.2)
+    free = dataclasses.replace(bad.threat, epsilon=np.inf)
+    with pytest.raises(InvalidExample, match="leaves the box"):
+        check_examples(bad._replace(threat=free), predict)
+
+
+def test_no_attack_is_imported():
+    code = (
+        "import sys, jaxnets.commands.verify; sys.exit(any(name.startswith('jaxnets.attacks') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_file_is_plain(tmp_path):
+    save_examples(tmp_path / "a.npz", examples())
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+        assert json.loads(str(file["about"]))["threat"] == "Linf"
