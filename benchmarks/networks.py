@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -149,7 +150,11 @@ def _numbered(tree: Any, kind: str) -> list[Any]:
 NETWORKS = {
     "small_cnn": Network(
         "mnist",
-        jn.models.SmallCNN(),
+        # Started like PyTorch's layers: of those whose biases start at zero many end without robustness.
+        jn.models.SmallCNN(
+            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            bias_init=nn.initializers.normal(0.05),
+        ),
         0.3,
         10,
         100,

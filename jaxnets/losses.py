@@ -148,11 +148,11 @@ def succeeded(loss: Loss, logits: Array, target: Array) -> Array:
     """Whether an attack on ``loss`` has reached its goal: bool ``[...]``.
 
     Untargeted: the prediction is not ``target``; targeted: it is. Distributions and logits as ``target`` stand for
-    their largest class.
+    their largest class. Never where a logit is NaN: its place is no prediction.
     """
     classes = target if _is_classes(logits, target) else jnp.argmax(target, axis=-1)
     reached = jnp.argmax(logits, axis=-1) == classes
-    return reached if is_targeted(loss) else ~reached
+    return (reached if is_targeted(loss) else ~reached) & ~jnp.isnan(logits).any(axis=-1)
 
 
 def is_targeted(loss: Loss | None) -> bool:

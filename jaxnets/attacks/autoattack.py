@@ -11,13 +11,12 @@ from jax.core import Tracer
 from jaxnets.attacks.apgd import apgd, apgd_targeted
 from jaxnets.attacks.cascade import cascade
 from jaxnets.attacks.checks import ModelWarning, black_box_wins, check_model
-from jaxnets.attacks.combinators import restarts
-from jaxnets.attacks.fab import fab, fab_targeted
+from jaxnets.attacks.combinators import restarts, worst_of
+from jaxnets.attacks.fab import fab, fab_targeted, halfway
 from jaxnets.attacks.square import square
-from jaxnets.attacks.start import uniform
 from jaxnets.attacks.stochastic import Stochastic
 from jaxnets.losses import dlr, margin
-from jaxnets.threats import Threat
+from jaxnets.threats import L1, Threat
 from jaxnets.types import Array, Attack, LogitsFn, Loss
 
 Version = Callable[..., dict[str, Attack]]
@@ -27,14 +26,16 @@ Version = Callable[..., dict[str, Attack]]
 def standard(threat: Threat, *, classes: int = 10) -> dict[str, Attack]:
     """APGD on cross-entropy, APGD-T, FAB-T and Square.
 
-    APGD and FAB take 100 steps, towards the nine likeliest other classes or all of them; Square 5,000 queries. APGD-T
-    needs four classes: with fewer it gives way to APGD on `dlr` (three) or `margin` (two).
+    APGD and FAB take 100 steps, towards the nine likeliest other classes or all of them; Square 5,000 queries. In L1
+    APGD starts five times, and APGD-T goes towards five classes. APGD-T needs four classes: with fewer it gives way to
+    APGD on `dlr` (three) or `margin` (two).
     """
+    once = partial(apgd, threat=threat)
     return {
-        "apgd-ce": partial(apgd, threat=threat),
+        "apgd-ce": restarts(once, 5) if isinstance(threat, L1) else once,
         **_targeted_apgd(threat, classes),
         "fab-t": partial(fab_targeted, threat=threat, classes=min(9, classes - 1)),
-        "square": partial(square, threat=threat, queries=5000),
+        "square": partial(square, threat=threat, queries=5000, horizon=10_000),
     }
 
 
@@ -43,8 +44,8 @@ def plus(threat: Threat, *, classes: int = 10) -> dict[str, Attack]:
     return {
         "apgd-ce": restarts(partial(apgd, threat=threat), 5),
         **_dlr_apgd(threat, classes, lambda attack: restarts(attack, 5)),
-        "fab": restarts(partial(fab, threat=threat, start=uniform), 5),
-        "square": partial(square, threat=threat, queries=5000),
+        "fab": worst_of(partial(fab, threat=threat), restarts(partial(fab, threat=threat, start=halfway), 4)),
+        "square": partial(square, threat=threat, queries=5000, horizon=10_000),
         **(_targeted_apgd(threat, classes) if classes > 3 else {}),
         "fab-t": partial(fab_targeted, threat=threat, classes=min(9, classes - 1)),
     }
@@ -115,7 +116,8 @@ def averaged_over(samples: int, attack: Attack) -> Attack:
 
 def _targeted_apgd(threat: Threat, classes: int) -> dict[str, Attack]:
     if classes > 3:
-        return {"apgd-t": partial(apgd_targeted, threat=threat, classes=min(9, classes - 1))}
+        most = 5 if isinstance(threat, L1) else 9
+        return {"apgd-t": partial(apgd_targeted, threat=threat, classes=min(most, classes - 1))}
     return _dlr_apgd(threat, classes, lambda attack: attack)
 
 

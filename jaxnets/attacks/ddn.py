@@ -16,13 +16,12 @@ from jaxnets.attacks.minimum_norm import (
     finite,
     largest_sizes,
     random_directions,
-    reached,
     spread,
     unit_step,
 )
 from jaxnets.attacks.ranking import nearer, nothing_found, within
 from jaxnets.attacks.stochastic import redrawn
-from jaxnets.losses import cross_entropy
+from jaxnets.losses import cross_entropy, succeeded
 from jaxnets.threats import L2, check_one_a_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss
 
@@ -105,7 +104,7 @@ def _ddn(key, logits_fn, x, target, threat, loss, numbers, *, steps):
     def look(number, carry):
         x_t, radius, best = carry
         gradient, logits = input_gradient(redrawn(logits_fn, keys, number), loss, x_t, target)
-        success = reached(loss, logits, target)
+        success = succeeded(loss, logits, target)
         best = nearer(best, x_t, success, sizes(threat, x_t, x))
         radius = jnp.minimum(radius * jnp.where(success, 1 - gamma, 1 + gamma), furthest)
         moved = spread(annealed(lengths, lengths / 100, number, steps), x)
@@ -114,7 +113,7 @@ def _ddn(key, logits_fn, x, target, threat, loss, numbers, *, steps):
 
     x_last, _, best = jax.lax.fori_loop(0, steps, look, (x, first_radius, nothing_found(x)))
     logits = checked_logits(redrawn(logits_fn, keys, steps)(x_last), x)
-    best = nearer(best, x_last, reached(loss, logits, target), sizes(threat, x_last, x))
+    best = nearer(best, x_last, succeeded(loss, logits, target), sizes(threat, x_last, x))
     return within(best, threat, x)
 
 

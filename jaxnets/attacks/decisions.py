@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.attacks.calling import checked_logits
-from jaxnets.attacks.minimum_norm import box_width, reached
+from jaxnets.attacks.minimum_norm import box_width
 from jaxnets.attacks.stochastic import redrawn
+from jaxnets.losses import succeeded
 from jaxnets.threats import Threat
 from jaxnets.types import Array
 
@@ -53,7 +54,7 @@ class Decisions(NamedTuple):
     def _reached(self, z: Array, numbers: Array, target: Array) -> Array:
         keys = jax.vmap(jax.random.fold_in)(jnp.repeat(self.keys, len(z) // len(self.keys)), numbers)
         logits = checked_logits(redrawn(self.model, keys, 0)(z), z)
-        return reached(self.loss, logits, target)
+        return succeeded(self.loss, logits, target)
 
 
 def check_start(name: str, threat: Threat, x: Array, start: Array | None) -> None:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
-from jaxnets.attacks.hyperplane import Hyperplane, check_classes, distance, likeliest_others, linearised, reached
+from jaxnets.attacks.hyperplane import Hyperplane, check_classes, distance, likeliest_others, linearised
 from jaxnets.attacks.ranking import nearer, nothing_found, within
 from jaxnets.attacks.stochastic import redrawn
-from jaxnets.losses import margin
+from jaxnets.losses import margin, succeeded
 from jaxnets.threats import L2, Linf, Threat, check_one_a_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss
 
@@ -85,7 +85,7 @@ def _deepfool(key, logits_fn, x, target, threat, loss, overshoot, *, steps, clas
     def step(carry):
         number, x_t, done = carry
         logits, plane = linearised(threat, loss, redrawn(logits_fn, keys, number + 1), x_t, target, others)
-        done |= reached(loss, logits, target)
+        done |= succeeded(loss, logits, target)
         return number + 1, advance(x, x_t, done, plane), done
 
     def unfinished(carry):
@@ -93,7 +93,7 @@ def _deepfool(key, logits_fn, x, target, threat, loss, overshoot, *, steps, clas
         return (number < steps) & ~jnp.all(done)
 
     _, x_t, done = jax.lax.while_loop(unfinished, step, (0, x, jnp.zeros(len(x), bool)))
-    done |= reached(loss, checked_logits(redrawn(logits_fn, keys, steps + 1)(x_t), x), target)
+    done |= succeeded(loss, checked_logits(redrawn(logits_fn, keys, steps + 1)(x_t), x), target)
     return within(nearer(nothing_found(x), x_t, done, sizes(threat, x_t, x)), threat, x)
 
 

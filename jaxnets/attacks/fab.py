@@ -16,14 +16,13 @@ from jaxnets.attacks.hyperplane import (
     check_norm,
     likeliest_others,
     linearised,
-    reached,
     seen_from,
     step_to,
 )
 from jaxnets.attacks.ranking import Nearest, nearer, nothing_found, within
 from jaxnets.attacks.start import Start, at_clean
 from jaxnets.attacks.stochastic import redrawn
-from jaxnets.losses import margin
+from jaxnets.losses import margin, succeeded
 from jaxnets.threats import Threat, check_one_a_row, each_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss
 
@@ -187,7 +186,7 @@ def _fab(key, logits_fn, x, target, threat, loss, start, pull, *, steps):
         return linearised(threat, loss, model, x_t, target, others)
 
     found = _run(rows, logits_fn, boundary, start(rows.keys, threat, x), threat, loss, pull, steps)
-    return within(nearer(found, x, reached(loss, clean, target), jnp.zeros(len(x))), threat, x)
+    return within(nearer(found, x, succeeded(loss, clean, target), jnp.zeros(len(x))), threat, x)
 
 
 @partial(jax.jit, static_argnames=("steps", "classes"))
@@ -207,7 +206,7 @@ def _fab_targeted(key, logits_fn, x, target, threat, start, pull, *, steps, clas
     found = jax.tree.map(lambda leaf: leaf.reshape(len(x), runs, *leaf.shape[1:]), found)
     best = jnp.argmin(found.size, axis=1)
     found = jax.tree.map(lambda leaf: leaf[jnp.arange(len(x)), best], found)
-    return within(nearer(found, x, reached(margin, clean, target), jnp.zeros(len(x))), threat, x)
+    return within(nearer(found, x, succeeded(margin, clean, target), jnp.zeros(len(x))), threat, x)
 
 
 def _run(
@@ -226,12 +225,12 @@ def _run(
     def step(number, carry):
         x_t, best = carry
         logits, plane = boundary(redrawn(logits_fn, rows.keys, number + 1), x_t)
-        success = reached(loss, logits, rows.target)
+        success = succeeded(loss, logits, rows.target)
         return advance(rows.x, x_t, success, plane), nearer(best, x_t, success, sizes(threat, x_t, rows.x))
 
     x_t, best = jax.lax.fori_loop(0, steps, step, (x_0, nothing_found(rows.x)))
     logits = checked_logits(redrawn(logits_fn, rows.keys, steps + 1)(x_t), x_t)
-    return nearer(best, x_t, reached(loss, logits, rows.target), sizes(threat, x_t, rows.x))
+    return nearer(best, x_t, succeeded(loss, logits, rows.target), sizes(threat, x_t, rows.x))
 
 
 def _advance(threat: Threat, pull: _Pull, x: Array, x_t: Array, success: Array, plane: Hyperplane) -> Array:

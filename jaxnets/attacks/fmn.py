@@ -17,13 +17,12 @@ from jaxnets.attacks.minimum_norm import (
     finite,
     largest_sizes,
     random_directions,
-    reached,
     spread,
     unit_step,
 )
 from jaxnets.attacks.ranking import nearer, nothing_found, within
 from jaxnets.attacks.stochastic import redrawn
-from jaxnets.losses import margin
+from jaxnets.losses import margin, succeeded
 from jaxnets.threats import L0, L1, L2, Linf, Threat, check_one_a_row, each_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss
 
@@ -104,7 +103,7 @@ def _fmn(key, logits_fn, x, target, threat, loss, step_size, gamma, *, steps):
     def look(number, carry):
         x_t, radius, best = carry
         gradient, logits = input_gradient(redrawn(logits_fn, keys, number), loss, x_t, target)
-        gradient, success, size = finite(gradient), reached(loss, logits, target), sizes(threat, x_t, x)
+        gradient, success, size = finite(gradient), succeeded(loss, logits, target), sizes(threat, x_t, x)
         best = nearer(best, x_t, success, size)
         shift = annealed(gammas, _LAST_GAMMA, number, steps)
         estimate = partial(_estimate, threat, size, gradient, loss(logits, target))
@@ -116,7 +115,7 @@ def _fmn(key, logits_fn, x, target, threat, loss, step_size, gamma, *, steps):
     carry = x, jnp.ones_like(furthest), nothing_found(x)
     x_last, _, best = jax.lax.fori_loop(0, steps, look, carry)
     logits = checked_logits(redrawn(logits_fn, keys, steps)(x_last), x)
-    best = nearer(best, x_last, reached(loss, logits, target), sizes(threat, x_last, x))
+    best = nearer(best, x_last, succeeded(loss, logits, target), sizes(threat, x_last, x))
     return within(best, threat, x)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.attacks.derivatives import input_gradient
-from jaxnets.losses import is_targeted, margin, succeeded, targeted
+from jaxnets.losses import is_targeted, margin, targeted
 from jaxnets.threats import L1, L2, Linf, Threat
 from jaxnets.types import Array, LogitsFn, Loss
 
@@ -67,11 +67,6 @@ def boundary_to(logits_fn: LogitsFn, x_t: Array, target: Array, other: Array) ->
     pair = jnp.stack([target, other], axis=1)
     normal, logits = input_gradient(logits_fn, _lead, x_t, pair)
     return logits, Hyperplane(_gap(_lead(logits, pair), logits), normal)
-
-
-def reached(loss: Loss, logits: Array, target: Array) -> Array:
-    """Whether the goal of ``loss`` is reached, ``[B]``; never where a logit is NaN: its place is no prediction."""
-    return succeeded(loss, logits, target) & ~jnp.any(jnp.isnan(logits), axis=1)
 
 
 def likeliest_others(logits: Array, target: Array, classes: int | None = None) -> Array:

@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.losses import succeeded
 from jaxnets.threats import L2, Threat, each_row, sizes
-from jaxnets.types import Array, Loss
+from jaxnets.types import Array
 
 
 def check_steps(name: str, steps: int) -> None:
@@ -44,11 +43,6 @@ def spread(value: Array, x: Array) -> Array:
 def annealed(first: Any, last: Any, step: Array, steps: int) -> Array:
     """From ``first`` at step 0 to ``last`` at ``steps``: ``last + (first - last) (1 + cos(pi step / steps)) / 2``."""
     return last + (first - last) * (1 + jnp.cos(jnp.pi * step / steps)) / 2
-
-
-def reached(loss: Loss, logits: Array, target: Array) -> Array:
-    """Whether the goal of ``loss`` is reached, never where a logit is not a number: ``[B]``."""
-    return succeeded(loss, logits, target) & ~jnp.isnan(logits).any(axis=-1)
 
 
 def finite(gradient: Array) -> Array:

@@ -9,10 +9,10 @@ import optax
 
 from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
 from jaxnets.attacks.derivatives import input_gradient
-from jaxnets.attacks.minimum_norm import a_row, annealed, box_width, check_steps, finite, reached, spread
+from jaxnets.attacks.minimum_norm import a_row, annealed, box_width, check_steps, finite, spread
 from jaxnets.attacks.ranking import nearer, nothing_found, within
 from jaxnets.attacks.stochastic import redrawn
-from jaxnets.losses import margin
+from jaxnets.losses import margin, succeeded
 from jaxnets.threats import L0, check_one_a_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss
 
@@ -90,7 +90,7 @@ def _sigma_zero(key, logits_fn, x, target, threat, loss, numbers, *, steps):
         delta, moments, threshold, length, best = carry
         x_t = jnp.clip(x + delta, threat.lower, threat.upper)
         gradient, logits = input_gradient(redrawn(logits_fn, keys, number), loss, x_t, target)
-        success = reached(loss, logits, target)
+        success = succeeded(loss, logits, target)
         best = nearer(best, x_t, success, sizes(threat, x_t, x))
         # Of the units of u: delta = width u.
         uphill = jnp.where(spread(success, x) > 0, 0, -width * finite(gradient)) + _count_slope(delta / width, sigma)
@@ -104,7 +104,7 @@ def _sigma_zero(key, logits_fn, x, target, threat, loss, numbers, *, steps):
     delta, *_, best = jax.lax.fori_loop(0, steps, look, carry)
     x_last = jnp.clip(x + delta, threat.lower, threat.upper)
     logits = checked_logits(redrawn(logits_fn, keys, steps)(x_last), x)
-    best = nearer(best, x_last, reached(loss, logits, target), sizes(threat, x_last, x))
+    best = nearer(best, x_last, succeeded(loss, logits, target), sizes(threat, x_last, x))
     return within(best, threat, x)
 
 

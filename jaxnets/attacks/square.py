@@ -36,13 +36,14 @@ def square(
     *,
     threat: Threat,
     queries: int = 5000,
+    horizon: int | None = None,
     p_init: Any = 0.8,
     loss: Loss = margin,
 ) -> Queried:
     """Square attack: ``x_{t+1} = z`` where ``loss(z) > loss(x_t)``, for ``z`` that differs from ``x_t`` in a square.
 
     The square covers a share of the image, ``p_init`` at first and halved nine times: after proposal 10, 50, 200, 500,
-    1000, 2000, 4000, 6000, 8000 where ``queries`` is 10,000, in proportion elsewhere. ``Linf``: each channel of the
+    1000, 2000, 4000, 6000, 8000 where ``horizon`` is 10,000, in proportion elsewhere. ``Linf``: each channel of the
     square moves to ``+epsilon`` or ``-epsilon``, from a start of vertical stripes. ``L2`` and ``L1``: the square gains
     two pyramids of opposite sign, and the size that a second square gives up.
 
@@ -57,6 +58,7 @@ def square(
       target: what ``loss`` takes: classes ``[B]``, or floats ``[B, K]``.
       threat: `Linf`, `L2` or `L1`.
       queries: the most that a row may cost, at least 1; another budget is no new trace.
+      horizon: the budget that the squares shrink for; ``queries`` unless given. AutoAttack's is 10,000.
       p_init: share of the image in the first squares, in (0, 1].
       loss: raised by the attack; `losses.targeted` for a targeted one.
 
@@ -86,7 +88,8 @@ def square(
             f"square moves windows of images: x must be [B, H, W, C] or [B, H, W], got shape {list(x.shape)}; "
             f"give flat rows the shape of images, and flatten them again in logits_fn"
         )
-    return _square(key, as_pytree(logits_fn), x, target, threat, queries, p_init, as_pytree(loss))
+    horizon = queries if horizon is None else horizon
+    return _square(key, as_pytree(logits_fn), x, target, threat, queries, horizon, p_init, as_pytree(loss))
 
 
 class _Rows(NamedTuple):
@@ -99,7 +102,7 @@ class _Rows(NamedTuple):
 
 
 @jax.jit
-def _square(key, logits_fn, x, target, threat, queries, p_init, loss) -> Queried:
+def _square(key, logits_fn, x, target, threat, queries, horizon, p_init, loss) -> Queried:
     shape, keys = x.shape, jax.vmap(lambda key: jax.random.split(key, 3))(row_keys(key, len(x)))
     epsilon = jnp.broadcast_to(jnp.asarray(threat.epsilon, x.dtype), len(x))
     rows = _Rows(keys[:, 0], x.reshape(*shape[:3], -1), target, replace(threat, epsilon=epsilon))
@@ -118,7 +121,7 @@ def _square(key, logits_fn, x, target, threat, queries, p_init, loss) -> Queried
 
     def go_on(number, fixed, carry):
         rows, draws = fixed
-        side = _side(number - 2, queries, p_init, shape[1:3])
+        side = _side(number - 2, horizon, p_init, shape[1:3])
         z = jax.vmap(search.move, (0, 0, None, 0, 0))(rows.threat, draws[:, number % _BLOCK], side, rows.x, carry[0].x)
         return ask(number, rows, carry, z)
 
@@ -141,9 +144,9 @@ def _done(carry: tuple[Candidate, Array]) -> Array:
     return carry[0].success
 
 
-def _side(proposal: Array, queries: Any, p_init: Any, size: tuple[int, ...]) -> Array:
+def _side(proposal: Array, horizon: Any, p_init: Any, size: tuple[int, ...]) -> Array:
     """Side of the square: ``sqrt(p H W)``, rounded, at least 1 and inside the image."""
-    elapsed = jnp.floor(proposal * (10000 / queries))
+    elapsed = jnp.floor(proposal * (10000 / horizon))
     p = p_init / 2.0 ** jnp.sum(elapsed > _HALVINGS)
     return jnp.clip(jnp.round(jnp.sqrt(p * size[0] * size[1])), 1, min(size)).astype(jnp.int32)
 

@@ -1,0 +1,109 @@
+"""Foolbox as an oracle: at the same steps, do our attacks leave no more survivors and no larger perturbations?
+
+Command: ``python -m benchmarks.beside_foolbox`` after ``python -m benchmarks.networks``, with the extra ``peers``.
+Foolbox attacks the same JAX function, through its ``JAXModel``.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+
+import jaxnets as jn
+from benchmarks import networks
+from jaxnets.types import Attack
+from jaxnets.verification import norms
+
+
+class Pair(NamedTuple):
+    """An attack of ours and Foolbox's of the same kind. ``epsilon`` is None for the smallest perturbation."""
+
+    ours: Callable[..., Attack]
+    foolbox: Callable[[Any], Any]
+    threat: Any
+    epsilon: float | None = None
+
+
+def _pairs(steps: int) -> dict[str, Pair]:
+    attacks, free = jn.attacks, np.inf
+    return {
+        "pgd, Linf": Pair(
+            partial(attacks.pgd, steps=steps),
+            lambda fb: fb.LinfPGD(rel_stepsize=2.5 / steps, steps=steps),
+            jn.Linf(0.3),
+            0.3,
+        ),
+        "pgd, L2": Pair(
+            partial(attacks.pgd, steps=steps),
+            lambda fb: fb.L2PGD(rel_stepsize=2.5 / steps, steps=steps),
+            jn.L2(2.0),
+            2.0,
+        ),
+        "ddn": Pair(partial(attacks.ddn, steps=steps), lambda fb: fb.DDNAttack(steps=steps), jn.L2(free)),
+        "fmn, Linf": Pair(partial(attacks.fmn, steps=steps), lambda fb: fb.LInfFMNAttack(steps=steps), jn.Linf(free)),
+        "fmn, L2": Pair(partial(attacks.fmn, steps=steps), lambda fb: fb.L2FMNAttack(steps=steps), jn.L2(free)),
+        "fmn, L1": Pair(partial(attacks.fmn, steps=steps), lambda fb: fb.L1FMNAttack(steps=steps), jn.L1(free)),
+        "fmn, L0": Pair(partial(attacks.fmn, steps=steps), lambda fb: fb.L0FMNAttack(steps=steps), jn.L0(free)),
+        "deepfool, Linf": Pair(
+            partial(attacks.deepfool, steps=50), lambda fb: fb.LinfDeepFoolAttack(steps=50), jn.Linf(free)
+        ),
+        "deepfool, L2": Pair(
+            partial(attacks.deepfool, steps=50), lambda fb: fb.L2DeepFoolAttack(steps=50), jn.L2(free)
+        ),
+        "carlini_wagner": Pair(
+            partial(attacks.carlini_wagner, steps=steps, rounds=6, initial_const=0.01),
+            lambda fb: fb.L2CarliniWagnerAttack(binary_search_steps=6, steps=steps, initial_const=0.01),
+            jn.L2(free),
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every pair on the first rows of MNIST."""
+
+    rows: int = 200
+    steps: int = 100
+    only: tuple[str, ...] = ()
+    """Names of pairs; all unless given."""
+    data_dir: Path | None = None
+
+
+def main(settings: Settings) -> dict[str, dict[str, tuple[float, float]]]:
+    """Survivors and median norm over right rows (infinite for survivors), ours and Foolbox's; a line a pair."""
+    import foolbox
+
+    warnings.simplefilter("ignore")
+    model, _, x, y = networks.load("small_cnn", settings.data_dir)
+    right = np.flatnonzero(np.argmax(model(x[: settings.rows]), axis=-1) == y[: settings.rows])
+    x, y = jax.numpy.asarray(x[right]), jax.numpy.asarray(y[right], np.int32)
+    judged = foolbox.JAXModel(jax.jit(model), bounds=(0, 1))
+    print(
+        f"{len(right)} rows of MNIST, {settings.steps} steps{'':3}survivors: ours, Foolbox   median norm: ours, Foolbox"
+    )
+    found = {}
+    for name, pair in _pairs(settings.steps).items():
+        if settings.only and name not in settings.only:
+            continue
+        attack = pair.foolbox(foolbox.attacks)
+        theirs = attack(judged, x, foolbox.criteria.Misclassification(y), epsilons=pair.epsilon)[1]
+        ours = pair.ours(jax.random.key(0), model, x, y, threat=pair.threat)
+        found[name] = {"ours": _judge(model, pair, x, y, ours), "foolbox": _judge(model, pair, x, y, theirs)}
+        (left, size), (their_left, their_size) = found[name].values()
+        print(f"{name:18}{left:26.1%}{their_left:8.1%}{size:24.4g}{their_size:9.4g}", flush=True)
+    return found
+
+
+def _judge(model: Any, pair: Pair, x: jax.Array, y: jax.Array, x_adv: Any) -> tuple[float, float]:
+    survived = np.argmax(model(x_adv), axis=-1) == np.asarray(y)
+    return float(survived.mean()), float(np.median(np.where(survived, np.inf, norms(pair.threat, x_adv, x))))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
