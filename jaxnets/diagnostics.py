@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.attacks.calling import as_pytree
 from jaxnets.attacks.combinators import worst_of
-from jaxnets.attacks.derivatives import input_gradient
 from jaxnets.attacks.gradient import fgsm, pgd
+from jaxnets.attacks.parts.calling import as_pytree
+from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.square import square
 from jaxnets.evaluation import evaluate
 from jaxnets.losses import cross_entropy, margin

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from jaxnets import parallel
-from jaxnets.attacks.calling import as_pytree
 from jaxnets.attacks.cascade import Cascade, Cascaded
-from jaxnets.attacks.on_host import Attacked, attack_rows, host_keys
+from jaxnets.attacks.parts.calling import as_pytree
+from jaxnets.attacks.parts.on_host import Attacked, attack_rows, host_keys
 from jaxnets.threats import Threat
 from jaxnets.types import Array, Attack, LogitsFn
 from jaxnets.verification import accuracy_interval, norms, verify

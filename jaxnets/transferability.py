@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxnets import parallel
-from jaxnets.attacks.on_host import attack_rows, host_keys
+from jaxnets.attacks.parts.on_host import attack_rows, host_keys
 from jaxnets.evaluation import table
 from jaxnets.threats import Threat
 from jaxnets.types import Array, Attack, LogitsFn

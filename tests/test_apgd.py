@@ -13,8 +13,8 @@ from jax.tree_util import Partial
 
 import jaxnets as jn
 from jaxnets.attacks.apgd import apgd, apgd_targeted
-from jaxnets.attacks.apgd_steps import _kth_largest, checkpoints, projected_noise
-from jaxnets.attacks.calling import row_keys
+from jaxnets.attacks.parts.apgd_steps import _kth_largest, checkpoints, projected_noise
+from jaxnets.attacks.parts.calling import row_keys
 
 KEY = jax.random.key(0)
 THREATS = {"Linf": jn.Linf, "L2": jn.L2, "L1": jn.L1}

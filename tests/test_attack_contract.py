@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 from references import assert_inside
 
 import jaxnets as jn
-from jaxnets.attacks.calling import row_keys
+from jaxnets.attacks.parts.calling import row_keys
 
 margin = jn.losses.margin
 

@@ -10,7 +10,7 @@ import references
 from jax.tree_util import Partial
 
 import jaxnets as jn
-from jaxnets.attacks.calling import row_keys
+from jaxnets.attacks.parts.calling import row_keys
 
 THREATS = {"Linf": jn.Linf, "L2": jn.L2, "L1": jn.L1}
 every_threat = pytest.mark.parametrize("cls", THREATS.values(), ids=THREATS)

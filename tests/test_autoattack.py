@@ -12,7 +12,7 @@ from references import assert_inside
 import jaxnets as jn
 from jaxnets.attacks.autoattack import autoattack, averaged_over, plus, rand, standard
 from jaxnets.attacks.checks import ModelWarning, black_box_wins, check_model
-from jaxnets.attacks.stochastic import Stochastic
+from jaxnets.attacks.parts.stochastic import Stochastic
 
 KEY = jax.random.key(0)
 SIDE, CLASSES, ROWS = 4, 5, 12

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 import jaxnets as jn
 from jaxnets.attacks.boundary import _propose, boundary
-from jaxnets.attacks.queries import with_queries
+from jaxnets.attacks.parts.queries import with_queries
 
 KEY = jax.random.key(0)
 ROWS, INPUTS = 8, 6

@@ -8,9 +8,9 @@ import references
 from jax.tree_util import Partial
 
 import jaxnets as jn
-from jaxnets.attacks.calling import row_keys
 from jaxnets.attacks.carlini_wagner import carlini_wagner, shrinking_cap
-from jaxnets.attacks.penalty import binary_search
+from jaxnets.attacks.parts.calling import row_keys
+from jaxnets.attacks.parts.penalty import binary_search
 
 KEY = jax.random.key(0)
 margin, targeted = jn.losses.margin, jn.losses.targeted

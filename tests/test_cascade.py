@@ -9,8 +9,8 @@ import pytest
 
 import jaxnets as jn
 from jaxnets.attacks.cascade import cascade
-from jaxnets.attacks.on_host import attack_rows, host_keys
-from jaxnets.attacks.queries import Queried, counts_queries
+from jaxnets.attacks.parts.on_host import attack_rows, host_keys
+from jaxnets.attacks.parts.queries import Queried, counts_queries
 
 KEY = jax.random.key(0)
 ROWS = 43

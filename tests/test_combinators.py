@@ -10,9 +10,9 @@ import references
 from jax.tree_util import Partial
 
 import jaxnets as jn
-from jaxnets.attacks.calling import row_keys
 from jaxnets.attacks.combinators import escalate, restarts, worst_of
-from jaxnets.attacks.stochastic import Stochastic
+from jaxnets.attacks.parts.calling import row_keys
+from jaxnets.attacks.parts.stochastic import Stochastic
 
 KEY = jax.random.key(0)
 margin = jn.losses.margin

@@ -11,9 +11,9 @@ import references
 from jax.tree_util import Partial
 
 import jaxnets as jn
-from jaxnets.attacks.calling import row_keys
 from jaxnets.attacks.deepfool import deepfool
-from jaxnets.attacks.stochastic import Stochastic
+from jaxnets.attacks.parts.calling import row_keys
+from jaxnets.attacks.parts.stochastic import Stochastic
 
 THREATS = {"Linf": jn.Linf, "L2": jn.L2}
 every_threat = pytest.mark.parametrize("cls", THREATS.values(), ids=THREATS)

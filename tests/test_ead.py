@@ -9,8 +9,8 @@ from jax.tree_util import Partial
 from test_carlini_wagner import curved, tilted
 
 import jaxnets as jn
-from jaxnets.attacks.calling import row_keys
 from jaxnets.attacks.ead import ead, elastic_net, fista
+from jaxnets.attacks.parts.calling import row_keys
 
 KEY = jax.random.key(0)
 L1 = jn.L1(jnp.inf)

@@ -13,10 +13,10 @@ from references import assert_inside
 
 import jaxnets as jn
 from jaxnets.attacks import estimated
-from jaxnets.attacks.calling import row_keys
 from jaxnets.attacks.estimated import Sampling, estimated_gradient, rademacher
-from jaxnets.attacks.queries import with_queries
-from jaxnets.attacks.rules import Rule, here
+from jaxnets.attacks.parts.calling import row_keys
+from jaxnets.attacks.parts.queries import with_queries
+from jaxnets.attacks.parts.rules import Rule, here
 
 ATTACKS = {"nes": with_queries(estimated.nes), "spsa": with_queries(estimated.spsa)}
 every_attack = pytest.mark.parametrize("name", ATTACKS)

@@ -12,9 +12,9 @@ from jax.tree_util import Partial
 from scipy.optimize import linprog, minimize
 
 import jaxnets as jn
-from jaxnets.attacks.calling import row_keys
 from jaxnets.attacks.fab import fab, fab_targeted, halfway
-from jaxnets.attacks.stochastic import Stochastic
+from jaxnets.attacks.parts.calling import row_keys
+from jaxnets.attacks.parts.stochastic import Stochastic
 
 THREATS = {"Linf": jn.Linf, "L2": jn.L2, "L1": jn.L1}
 every_threat = pytest.mark.parametrize("cls", THREATS.values(), ids=THREATS)

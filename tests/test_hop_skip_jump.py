@@ -11,8 +11,8 @@ from jax.tree_util import Partial
 
 import jaxnets as jn
 from jaxnets.attacks.hop_skip_jump import hop_skip_jump
-from jaxnets.attacks.queries import with_queries
-from jaxnets.attacks.stochastic import Stochastic
+from jaxnets.attacks.parts.queries import with_queries
+from jaxnets.attacks.parts.stochastic import Stochastic
 
 KEY = jax.random.key(0)
 THREATS = {"L2": jn.L2, "Linf": jn.Linf}

@@ -11,9 +11,10 @@ from jax.tree_util import Partial
 from references import assert_inside
 
 import jaxnets as jn
-from jaxnets.attacks import iterated, rules
-from jaxnets.attacks.calling import row_keys
+from jaxnets.attacks import iterated
 from jaxnets.attacks.diversity import diversified
+from jaxnets.attacks.parts import rules
+from jaxnets.attacks.parts.calling import row_keys
 
 KEY = jax.random.key(0)
 cross_entropy, margin = jn.losses.cross_entropy, jn.losses.margin

@@ -8,8 +8,8 @@ from jax.tree_util import Partial
 from test_carlini_wagner import curved
 
 import jaxnets as jn
-from jaxnets.attacks.calling import row_keys
 from jaxnets.attacks.jsma import best_pair, jsma
+from jaxnets.attacks.parts.calling import row_keys
 from jaxnets.threats import L0
 
 KEY = jax.random.key(0)

@@ -13,9 +13,9 @@ from jax.tree_util import Partial
 import jaxnets as jn
 from jaxnets.attacks.ddn import ddn
 from jaxnets.attacks.fmn import fmn
-from jaxnets.attacks.minimum_norm import unit_step
+from jaxnets.attacks.parts.minimum_norm import unit_step
+from jaxnets.attacks.parts.stochastic import Stochastic
 from jaxnets.attacks.sigma_zero import sigma_zero
-from jaxnets.attacks.stochastic import Stochastic
 
 ATTACKS = {
     "ddn": (partial(ddn, steps=200), jn.L2),

@@ -9,8 +9,8 @@ import pytest
 from jax.tree_util import Partial
 
 import jaxnets as jn
-from jaxnets.attacks.calling import row_keys
 from jaxnets.attacks.diversity import diversified
+from jaxnets.attacks.parts.calling import row_keys
 from jaxnets.attacks.patch import Placement, apply_patch, square, train_patch
 from jaxnets.threats import Masked, each_row, sizes
 

@@ -11,7 +11,7 @@ import references
 from jax.tree_util import Partial
 
 import jaxnets as jn
-from jaxnets.attacks import rules
+from jaxnets.attacks.parts import rules
 
 KEY = jax.random.key(0)
 NET = references.TanhMLP(seed=0, inputs=5, hidden=7, classes=3)

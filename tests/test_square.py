@@ -12,9 +12,9 @@ from jax.tree_util import Partial
 from references import assert_inside
 
 import jaxnets as jn
-from jaxnets.attacks.calling import row_keys
-from jaxnets.attacks.compaction import until_done
-from jaxnets.attacks.queries import with_queries
+from jaxnets.attacks.parts.calling import row_keys
+from jaxnets.attacks.parts.compaction import until_done
+from jaxnets.attacks.parts.queries import with_queries
 
 # The function has the name of its module.
 module = importlib.import_module("jaxnets.attacks.square")

@@ -9,10 +9,10 @@ import pytest
 from jax.tree_util import Partial
 
 import jaxnets as jn
-from jaxnets.attacks.calling import row_keys
-from jaxnets.attacks.derivatives import input_gradient
 from jaxnets.attacks.diversity import diversified, shrunk
-from jaxnets.attacks.stochastic import Stochastic, expected_logits, redrawn
+from jaxnets.attacks.parts.calling import row_keys
+from jaxnets.attacks.parts.derivatives import input_gradient
+from jaxnets.attacks.parts.stochastic import Stochastic, expected_logits, redrawn
 
 KEY = jax.random.key(0)
 cross_entropy = jn.losses.cross_entropy

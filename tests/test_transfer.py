@@ -9,8 +9,8 @@ import pytest
 from jax.tree_util import Partial
 
 import jaxnets as jn
-from jaxnets.attacks.queries import Queried, counts_queries
-from jaxnets.attacks.stochastic import Stochastic
+from jaxnets.attacks.parts.queries import Queried, counts_queries
+from jaxnets.attacks.parts.stochastic import Stochastic
 from jaxnets.attacks.transfer import ensemble
 from jaxnets.transferability import transferability
 from jaxnets.verification import InvalidExample

@@ -10,8 +10,8 @@ import pytest
 from jax.tree_util import Partial
 
 import jaxnets as jn
-from jaxnets.attacks import rules
-from jaxnets.attacks.stochastic import Stochastic
+from jaxnets.attacks.parts import rules
+from jaxnets.attacks.parts.stochastic import Stochastic
 from jaxnets.attacks.universal import apply_universal, universal
 from jaxnets.threats import Masked
 

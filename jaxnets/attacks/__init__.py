@@ -36,9 +36,8 @@ from jaxnets.attacks.iterated import (
 )
 from jaxnets.attacks.jsma import jsma
 from jaxnets.attacks.lbfgs import lbfgs
-from jaxnets.attacks.patch import Placement, apply_patch, train_patch
-from jaxnets.attacks.queries import Queried, counts_queries, with_queries
-from jaxnets.attacks.rules import (
+from jaxnets.attacks.parts.queries import Queried, counts_queries, with_queries
+from jaxnets.attacks.parts.rules import (
     Rule,
     by_optax,
     gaussian_kernel,
@@ -48,10 +47,11 @@ from jaxnets.attacks.rules import (
     smoothed,
     steepest,
 )
+from jaxnets.attacks.parts.start import at_clean, uniform, uniform_unclipped
+from jaxnets.attacks.parts.stochastic import Stochastic
+from jaxnets.attacks.patch import Placement, apply_patch, train_patch
 from jaxnets.attacks.sigma_zero import sigma_zero
 from jaxnets.attacks.square import square
-from jaxnets.attacks.start import at_clean, uniform, uniform_unclipped
-from jaxnets.attacks.stochastic import Stochastic
 from jaxnets.attacks.transfer import ensemble
 from jaxnets.attacks.universal import apply_universal, universal
 

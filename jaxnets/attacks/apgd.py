@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jaxnets.attacks.apgd_steps import Point, Schedule, schedule_of
-from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
-from jaxnets.attacks.derivatives import input_gradient
-from jaxnets.attacks.ranking import Candidate, better, candidate, nothing_yet
-from jaxnets.attacks.start import Start
-from jaxnets.attacks.stochastic import redrawn
+from jaxnets.attacks.parts.apgd_steps import Point, Schedule, schedule_of
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.derivatives import input_gradient
+from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
+from jaxnets.attacks.parts.start import Start
+from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import cross_entropy, dlr_targeted
 from jaxnets.threats import Threat, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss

@@ -13,8 +13,8 @@ from jaxnets.attacks.cascade import cascade
 from jaxnets.attacks.checks import ModelWarning, black_box_wins, check_model
 from jaxnets.attacks.combinators import restarts, worst_of
 from jaxnets.attacks.fab import fab, fab_targeted, halfway
+from jaxnets.attacks.parts.stochastic import Stochastic
 from jaxnets.attacks.square import square
-from jaxnets.attacks.stochastic import Stochastic
 from jaxnets.losses import dlr, margin
 from jaxnets.threats import L1, Threat
 from jaxnets.types import Array, Attack, LogitsFn, Loss

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jaxnets.attacks.calling import as_pytree
+from jaxnets.attacks.parts.calling import as_pytree
 from jaxnets.types import Array
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
-from jaxnets.attacks.penalty import Minimiser, Search, binary_search, nearest_by_penalty
+from jaxnets.attacks.parts.penalty import Minimiser, Search, binary_search, nearest_by_penalty
 from jaxnets.losses import margin
 from jaxnets.threats import L2, Linf, Threat
 from jaxnets.types import Array, LogitsFn, Loss

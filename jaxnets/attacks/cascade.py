@@ -11,8 +11,8 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from jaxnets import parallel
-from jaxnets.attacks.calling import check_rows
-from jaxnets.attacks.on_host import attack_rows, host_keys
+from jaxnets.attacks.parts.calling import check_rows
+from jaxnets.attacks.parts.on_host import attack_rows, host_keys
 from jaxnets.types import Array, Attack, LogitsFn
 
 

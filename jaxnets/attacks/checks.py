@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.attacks.calling import as_pytree, row_keys
-from jaxnets.attacks.derivatives import input_gradient
-from jaxnets.attacks.stochastic import redrawn
+from jaxnets.attacks.parts.calling import as_pytree, row_keys
+from jaxnets.attacks.parts.derivatives import input_gradient
+from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import cross_entropy
 from jaxnets.types import Array, LogitsFn
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxnets.attacks.calling import as_pytree, check_rows, row_keys
-from jaxnets.attacks.ranking import Candidate, better, candidate, nothing_yet
-from jaxnets.attacks.stochastic import expected_logits, redrawn
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
+from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
 from jaxnets.losses import is_targeted, margin, targeted
 from jaxnets.threats import Threat
 from jaxnets.types import Array, Attack, LogitsFn, Loss

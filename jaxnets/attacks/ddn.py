@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
-from jaxnets.attacks.derivatives import input_gradient
-from jaxnets.attacks.minimum_norm import (
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.derivatives import input_gradient
+from jaxnets.attacks.parts.minimum_norm import (
     a_row,
     annealed,
     box_width,
@@ -19,8 +19,8 @@ from jaxnets.attacks.minimum_norm import (
     spread,
     unit_step,
 )
-from jaxnets.attacks.ranking import nearer, nothing_found, within
-from jaxnets.attacks.stochastic import redrawn
+from jaxnets.attacks.parts.ranking import nearer, nothing_found, within
+from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import cross_entropy, succeeded
 from jaxnets.threats import L2, check_one_a_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
-from jaxnets.attacks.hyperplane import Hyperplane, check_classes, distance, likeliest_others, linearised
-from jaxnets.attacks.ranking import nearer, nothing_found, within
-from jaxnets.attacks.stochastic import redrawn
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.hyperplane import Hyperplane, check_classes, distance, likeliest_others, linearised
+from jaxnets.attacks.parts.ranking import nearer, nothing_found, within
+from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import margin, succeeded
 from jaxnets.threats import L2, Linf, Threat, check_one_a_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jaxnets.attacks.calling import as_pytree
-from jaxnets.attacks.stochastic import Stochastic, redrawn
+from jaxnets.attacks.parts.calling import as_pytree
+from jaxnets.attacks.parts.stochastic import Stochastic, redrawn
 from jaxnets.types import Array, LogitsFn
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jaxnets.attacks.penalty import Minimiser, binary_search, nearest_by_penalty, to_box, to_widths
+from jaxnets.attacks.parts.penalty import Minimiser, binary_search, nearest_by_penalty, to_box, to_widths
 from jaxnets.losses import margin
 from jaxnets.threats import L1, L2, Threat
 from jaxnets.types import Array, LogitsFn, Loss

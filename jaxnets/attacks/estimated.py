@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnets.attacks.calling import as_pytree, check_rows, row_keys
-from jaxnets.attacks.compaction import until_done
-from jaxnets.attacks.queries import Queried, counts_queries
-from jaxnets.attacks.ranking import Candidate, better, candidate, nothing_yet
-from jaxnets.attacks.rules import Rule, by_optax, normalized, steepest
-from jaxnets.attacks.stochastic import expected_logits, redrawn
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.compaction import until_done
+from jaxnets.attacks.parts.queries import Queried, counts_queries
+from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
+from jaxnets.attacks.parts.rules import Rule, by_optax, normalized, steepest
+from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
 from jaxnets.losses import margin
 from jaxnets.threats import Threat, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
-from jaxnets.attacks.hyperplane import (
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.hyperplane import (
     Hyperplane,
     boundary_to,
     check_classes,
@@ -19,9 +19,9 @@ from jaxnets.attacks.hyperplane import (
     seen_from,
     step_to,
 )
-from jaxnets.attacks.ranking import Nearest, nearer, nothing_found, within
-from jaxnets.attacks.start import Start, at_clean
-from jaxnets.attacks.stochastic import redrawn
+from jaxnets.attacks.parts.ranking import Nearest, nearer, nothing_found, within
+from jaxnets.attacks.parts.start import Start, at_clean
+from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import margin, succeeded
 from jaxnets.threats import Threat, check_one_a_row, each_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.calling import as_pytree, check_rows, row_keys
-from jaxnets.attacks.decisions import Blend, Decisions, check_start, find_start, select, straight, to_boundary
-from jaxnets.attacks.minimum_norm import spread
-from jaxnets.attacks.queries import Queried, counts_queries
-from jaxnets.attacks.ranking import Nearest, nearer, nothing_found, within
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.decisions import Blend, Decisions, check_start, find_start, select, straight, to_boundary
+from jaxnets.attacks.parts.minimum_norm import spread
+from jaxnets.attacks.parts.queries import Queried, counts_queries
+from jaxnets.attacks.parts.ranking import Nearest, nearer, nothing_found, within
 from jaxnets.losses import margin
 from jaxnets.threats import L2, Linf, Threat, check_one_a_row, each_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss

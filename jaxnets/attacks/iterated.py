@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnets.attacks.calling import as_pytree, check_rows
 from jaxnets.attacks.diversity import diversified
 from jaxnets.attacks.gradient import fgsm, pgd
-from jaxnets.attacks.rules import by_optax, flat_size, gaussian_kernel, momentum, nesterov, normalized, smoothed
-from jaxnets.attacks.start import Start, at_clean, uniform
-from jaxnets.attacks.stochastic import expected_logits
+from jaxnets.attacks.parts.calling import as_pytree, check_rows
+from jaxnets.attacks.parts.rules import by_optax, flat_size, gaussian_kernel, momentum, nesterov, normalized, smoothed
+from jaxnets.attacks.parts.start import Start, at_clean, uniform
+from jaxnets.attacks.parts.stochastic import expected_logits
 from jaxnets.losses import cross_entropy
 from jaxnets.threats import Threat
 from jaxnets.types import Array, LogitsFn, Loss

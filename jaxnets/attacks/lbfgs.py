@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
-from jaxnets.attacks.penalty import Minimiser, binary_search, nearest_by_penalty, to_box, to_widths
+from jaxnets.attacks.parts.penalty import Minimiser, binary_search, nearest_by_penalty, to_box, to_widths
 from jaxnets.losses import margin
 from jaxnets.threats import L2, Threat
 from jaxnets.types import Array, LogitsFn, Loss

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.scipy.ndimage import map_coordinates
 
-from jaxnets.attacks.calling import as_pytree, check_rows, row_keys
-from jaxnets.attacks.rules import Rule, by_optax, normalized
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.rules import Rule, by_optax, normalized
 from jaxnets.attacks.universal import Data, ascend, check_passes
 from jaxnets.losses import cross_entropy, targeted
 from jaxnets.threats import Linf

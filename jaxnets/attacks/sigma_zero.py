@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
-from jaxnets.attacks.derivatives import input_gradient
-from jaxnets.attacks.minimum_norm import a_row, annealed, box_width, check_steps, finite, spread
-from jaxnets.attacks.ranking import nearer, nothing_found, within
-from jaxnets.attacks.stochastic import redrawn
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.derivatives import input_gradient
+from jaxnets.attacks.parts.minimum_norm import a_row, annealed, box_width, check_steps, finite, spread
+from jaxnets.attacks.parts.ranking import nearer, nothing_found, within
+from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import margin, succeeded
 from jaxnets.threats import L0, check_one_a_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss

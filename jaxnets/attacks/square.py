@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.attacks.calling import as_pytree, check_rows, row_keys
-from jaxnets.attacks.compaction import until_done
-from jaxnets.attacks.queries import Queried, counts_queries
-from jaxnets.attacks.ranking import Candidate, better, candidate, nothing_yet
-from jaxnets.attacks.stochastic import expected_logits, redrawn
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.compaction import until_done
+from jaxnets.attacks.parts.queries import Queried, counts_queries
+from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
+from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
 from jaxnets.losses import margin, succeeded
 from jaxnets.threats import L1, L2, Linf, Threat, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss

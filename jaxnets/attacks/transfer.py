@@ -3,8 +3,8 @@
 import jax
 from jax.tree_util import Partial
 
-from jaxnets.attacks.calling import as_pytree, checked_logits
-from jaxnets.attacks.stochastic import Stochastic, redrawn
+from jaxnets.attacks.parts.calling import as_pytree, checked_logits
+from jaxnets.attacks.parts.stochastic import Stochastic, redrawn
 from jaxnets.types import Array, LogitsFn
 
 

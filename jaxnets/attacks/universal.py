@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jaxnets.attacks.calling import as_pytree, check_rows, row_keys
-from jaxnets.attacks.derivatives import input_gradient
-from jaxnets.attacks.rules import Rule, steepest
-from jaxnets.attacks.stochastic import redrawn
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.derivatives import input_gradient
+from jaxnets.attacks.parts.rules import Rule, steepest
+from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import cross_entropy
 from jaxnets.threats import Threat
 from jaxnets.types import Array, LogitsFn, Loss

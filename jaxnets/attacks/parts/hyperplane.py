@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.derivatives import input_gradient
+from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.losses import is_targeted, margin, targeted
 from jaxnets.threats import L1, L2, Linf, Threat
 from jaxnets.types import Array, LogitsFn, Loss

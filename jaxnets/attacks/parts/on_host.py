@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxnets import parallel
-from jaxnets.attacks.calling import as_pytree, row_keys
-from jaxnets.attacks.queries import with_queries
-from jaxnets.attacks.stochastic import redrawn
+from jaxnets.attacks.parts.calling import as_pytree, row_keys
+from jaxnets.attacks.parts.queries import with_queries
+from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.types import Array, Attack, LogitsFn
 
 

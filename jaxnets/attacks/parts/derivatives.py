@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.calling import checked_logits
-from jaxnets.attacks.stochastic import Stochastic, mean_over_draws
+from jaxnets.attacks.parts.calling import checked_logits
+from jaxnets.attacks.parts.stochastic import Stochastic, mean_over_draws
 from jaxnets.types import Array, LogitsFn, Loss
 
 

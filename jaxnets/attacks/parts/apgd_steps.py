@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxnets.attacks.start import Start, uniform
+from jaxnets.attacks.parts.start import Start, uniform
 from jaxnets.threats import L1, L2, Linf, Threat, each_row
 from jaxnets.types import Array
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.calling import as_pytree, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, checked_logits, row_keys
 from jaxnets.types import Array, LogitsFn
 
 

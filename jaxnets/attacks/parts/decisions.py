@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.calling import checked_logits
-from jaxnets.attacks.minimum_norm import box_width
-from jaxnets.attacks.stochastic import redrawn
+from jaxnets.attacks.parts.calling import checked_logits
+from jaxnets.attacks.parts.minimum_norm import box_width
+from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import succeeded
 from jaxnets.threats import Threat
 from jaxnets.types import Array

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jaxnets.attacks.calling import as_pytree, check_rows, checked_logits, row_keys
-from jaxnets.attacks.derivatives import input_gradient
-from jaxnets.attacks.ranking import Nearest, nearer, nothing_found, within
-from jaxnets.attacks.stochastic import redrawn
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.derivatives import input_gradient
+from jaxnets.attacks.parts.ranking import Nearest, nearer, nothing_found, within
+from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import succeeded
 from jaxnets.threats import Threat, check_one_a_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss
