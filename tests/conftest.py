@@ -1,4 +1,4 @@
-"""Every test runs in one process with eight CPU devices. Fixtures and settings that the files share."""
+"""Tests run in processes with eight CPU devices each. Fixtures and settings that the files share."""
 
 # ruff: noqa: E402
 
@@ -37,6 +37,13 @@ def x64():
 @pytest.fixture(autouse=True)
 def _fresh_trace_counts():
     chex.clear_trace_counter()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs():
+    """A process may map so much memory: the programs of all files together are too many."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

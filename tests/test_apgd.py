@@ -223,6 +223,7 @@ def test_a_targeted_loss_reaches_its_class():
     assert (jnp.argmax(logits_fn(result), axis=1) == wanted).sum() >= 6
 
 
+@pytest.mark.slow
 def test_a_row_of_its_own_and_an_epsilon_of_its_own():
     x, y, logits_fn = wavy()
     keys, epsilons = row_keys(KEY, 8), jnp.linspace(0, 0.4, 8)
@@ -246,6 +247,7 @@ def flat(kind, x):
     return jax.lax.switch(kind, kinds, x)
 
 
+@pytest.mark.slow
 @every_threat
 def test_models_without_gradients(cls):
     x = jnp.asarray(np.random.default_rng(0).integers(0, 2, size=(4, 6)), jnp.float32)

@@ -143,6 +143,7 @@ def test_a_result_beyond_epsilon_and_a_row_without_a_start_are_clean():
         np.testing.assert_array_equal(result.queries, 8)
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_the_batch():
     x, y, _ = rows()
     keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(ROWS))

@@ -82,6 +82,7 @@ def test_black_and_white_pixels_move(threat):
     np.testing.assert_allclose(moved, 1 / 32, rtol=0.15)
 
 
+@pytest.mark.slow
 @each_norm
 def test_rows_do_not_see_each_other_and_jit_equals_eager(threat):
     x, y, logits_fn = curved()

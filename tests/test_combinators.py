@@ -36,6 +36,7 @@ def test_runs_that_share_a_call_give_the_same_result():
     assert jnp.abs(expected - restarts(attack, 4)(KEY, logits_fn, x, y)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_shared_calls_work_with_a_model_that_draws():
     logits_fn, x, y = bumpy()
     noisy = Stochastic(Partial(lambda f, key, x: f(x + 0.05 * jax.random.normal(key, x.shape)), logits_fn), KEY, 2)

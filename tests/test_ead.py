@@ -54,6 +54,7 @@ def test_a_larger_beta_changes_fewer_coordinates():
     assert changed[1] < changed[0]
 
 
+@pytest.mark.slow
 def test_decision_rules_rank_the_same_successes():
     x, y, logits_fn = curved()
     settings = {"threat": L1, "steps": 100, "step_size": 0.05, "beta": 0.01}

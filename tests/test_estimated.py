@@ -84,6 +84,7 @@ def test_more_samples_bring_the_gradient():
     np.testing.assert_allclose(jnp.linalg.norm(g, axis=1) / jnp.linalg.norm(exact, axis=1), 1, atol=0.1)
 
 
+@pytest.mark.slow
 @every_draw
 def test_memory_for_fewer_pairs_at_once_does_not_change_the_estimate(draw):
     x, keys, logits_fn = images(3), row_keys(KEY, 3), partial(linear, weights_of((3, 4)), 0.1)
@@ -226,6 +227,7 @@ def test_targeted(name):
 # Promises to rows and results.
 
 
+@pytest.mark.slow
 @every_attack
 def test_rows_do_not_depend_on_the_batch(name):
     """70 rows, of which most are fooled soon, so that the rest go on in a smaller batch."""

@@ -230,6 +230,7 @@ def test_eager_equals_jit_and_images_equal_flat_rows(name):
     np.testing.assert_allclose(image.reshape(ROWS, -1), inside, atol=1e-4)
 
 
+@pytest.mark.slow
 @every_attack
 def test_other_types(name, x64):
     logits_fn, x, y = linear_case()
@@ -258,6 +259,7 @@ def test_halfway_lies_at_half_of_epsilon():
         references.assert_inside(cls(np.inf), halfway(keys, cls(np.inf), x), x)
 
 
+@pytest.mark.slow
 @every_attack
 def test_random_starts_find_other_points(name):
     logits_fn, x, y = linear_case()

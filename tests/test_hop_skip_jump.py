@@ -120,6 +120,7 @@ def test_rows_that_are_wrong_already_cost_one_query_and_stay():
     assert (result.queries[4:] > 1).all()
 
 
+@pytest.mark.slow
 def test_rows_without_a_start_cost_the_draws_and_stay():
     x, y = jnp.full((3, 4), 0.5), jnp.zeros(3, jnp.int32)
     constant = lambda x: jnp.zeros((len(x), 3))  # noqa: E731
@@ -153,6 +154,7 @@ def exactly(x):
     return jnp.stack([x[:, 0] * 0, 2.0 - x[:, 0] - 0.5 * x[:, 1]], axis=1)
 
 
+@pytest.mark.slow
 @every_threat
 def test_rows_do_not_depend_on_the_batch(cls):
     x = problem()[0]
@@ -166,6 +168,7 @@ def test_rows_do_not_depend_on_the_batch(cls):
         np.testing.assert_array_equal(part.queries, whole.queries[rows])
 
 
+@pytest.mark.slow
 def test_how_many_are_asked_at_once_does_not_matter():
     x = problem()[0]
     y = jnp.argmax(exactly(x), axis=1)
@@ -175,6 +178,7 @@ def test_how_many_are_asked_at_once_does_not_matter():
     np.testing.assert_allclose(one.x, other.x, atol=1e-3)
 
 
+@pytest.mark.slow
 @every_threat
 def test_binary_images_broken_models_and_double_precision(cls, x64):
     x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (4, 3, 3, 1)), jnp.float64)

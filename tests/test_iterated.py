@@ -49,6 +49,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_what_every_attack_promises(name):
     """Inside the threat, the same in any batch, no trace for new numbers, steps that no scale of the logits changes."""
@@ -74,6 +75,7 @@ def test_what_every_attack_promises(name):
     np.testing.assert_allclose(eager, whole, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [jn.L2, jn.L1], ids=["L2", "L1"])
 def test_other_norms(cls):
     x, y = images()

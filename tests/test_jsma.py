@@ -91,6 +91,7 @@ def test_a_binary_image_changes_in_as_few_coordinates_as_it_must(needed):
     np.testing.assert_array_equal(jsma(KEY, logits_fn, x, jnp.zeros(2, jnp.int32), threat=L0(least)), x_adv)
 
 
+@pytest.mark.slow
 def test_more_targets_never_need_more_changes():
     x, y, logits_fn = curved()
     counts = []
@@ -103,6 +104,7 @@ def test_more_targets_never_need_more_changes():
     np.testing.assert_array_equal(counts[1], counts[2])
 
 
+@pytest.mark.slow
 def test_rows_limits_and_models_without_gradients():
     x, y, logits_fn = curved()
     keys = row_keys(KEY, 8)

@@ -65,6 +65,7 @@ def test_binary_pixels_targets_epsilon_and_rows():
     np.testing.assert_array_equal(lbfgs(keys, logits_fn, x, y, threat=L2, **settings), x)
 
 
+@pytest.mark.slow
 def test_constant_and_broken_models_and_other_threats():
     x, y, _ = curved()
     for value in (0.0, jnp.nan):
@@ -74,6 +75,7 @@ def test_constant_and_broken_models_and_other_threats():
         lbfgs(KEY, logits_fn, x, y, threat=jn.Linf(1.0))
 
 
+@pytest.mark.slow
 def test_types(x64):
     x, y, logits_fn = curved()
     for dtype in (jnp.float32, jnp.float64):

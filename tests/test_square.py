@@ -279,6 +279,7 @@ def test_rows_go_on_in_smaller_batches():
     assert sorted(set(sizes)) == [50, 101, 203]
 
 
+@pytest.mark.slow
 @every_threat
 def test_rows_do_not_depend_on_the_batch(name):
     """70 rows, of which most are fooled soon, so that the rest go on in a smaller batch."""
@@ -330,6 +331,7 @@ def test_l2_and_l1_gain_on_a_smooth_linear_model(name, share):
     assert (gain <= (1 + 1e-5) * best).all()
 
 
+@pytest.mark.slow
 @every_threat
 @pytest.mark.parametrize("shape", [(5, 7, 2), (1, 1, 3), (2, 9)])
 def test_result_is_inside_and_of_the_shape_of_x(name, shape):
@@ -354,6 +356,7 @@ def test_binary_images_move(name):
     assert (moved & (np.asarray(x) == 1)).any()
 
 
+@pytest.mark.slow
 @every_threat
 def test_constant_and_nan_logits(name):
     x = images(4)

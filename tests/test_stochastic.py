@@ -63,6 +63,7 @@ def test_draws_differ_by_row_step_and_draw_and_hang_on_nothing_else():
     assert redrawn(plain, keys, 0) is plain
 
 
+@pytest.mark.slow
 def test_rows_of_an_attack_do_not_see_each_other():
     x, y = data()
     attack = partial(jn.attacks.pgd, threat=jn.Linf(0.2), steps=3)
@@ -144,6 +145,7 @@ def test_diversity_by_probability_and_row():
     assert len(np.unique(np.round(drawn, 4), axis=0)) == 40
 
 
+@pytest.mark.slow
 def test_diversity_of_a_model_that_draws_and_of_rows_that_are_no_images():
     shaken = Stochastic(lambda key, x: flat(x) + jax.random.normal(key, (len(x), 36)), KEY)
     x = jnp.ones((3, 6, 6, 1))
