@@ -200,3 +200,10 @@ def test_bad_arguments_raise():
             carlini_wagner(KEY, logits_fn, x, y, threat=L2, **{name: 0})
     with pytest.raises(ValueError, match="confidence must be a scalar"):
         carlini_wagner(KEY, logits_fn, x, y, threat=L2, confidence=jnp.zeros(3))
+
+
+@pytest.mark.parametrize("loss", [jn.losses.cross_entropy, jn.losses.targeted(jn.losses.cross_entropy)])
+def test_a_loss_without_a_sign_is_refused(loss):
+    x, y = jnp.full((2, 3), 0.5), jnp.zeros(2, int)
+    with pytest.raises(ValueError, match="margin or targeted"):
+        jn.attacks.carlini_wagner(jax.random.key(0), lambda x: x, x, y, threat=jn.L2(1.0), loss=loss)

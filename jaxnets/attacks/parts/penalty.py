@@ -17,7 +17,7 @@ from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits,
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.ranking import Nearest, nearer, nothing_found, within
 from jaxnets.attacks.parts.stochastic import redrawn
-from jaxnets.losses import succeeded
+from jaxnets.losses import cross_entropy, succeeded, targeted
 from jaxnets.threats import Threat, check_one_a_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss
 
@@ -142,6 +142,7 @@ def nearest_by_penalty(
     Args:
       confidence: how much the loss must be above zero; scalar or ``[B]``.
       steps: gradients a round at most.
+      loss: above zero where the attack has succeeded, such as the margin.
       rounds: only checked.
       tolerance: a row leaves a round when a tenth of the steps has not lowered its objective by this share.
       distance: of a perturbation in the units of the data; the threat's size unless given.
@@ -151,6 +152,11 @@ def nearest_by_penalty(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {name}={value}")
     check_one_a_row(x, epsilon=threat.epsilon, confidence=confidence)
+    if loss in (cross_entropy, targeted(cross_entropy)):
+        raise ValueError(
+            "a search over constants needs a loss whose sign says whether the attack has succeeded: margin or "
+            "targeted(margin), not cross_entropy, which is never below zero"
+        )
     # Not `threat.size`, which would be static with its epsilon.
     distance = Partial(_size, threat) if distance is None else distance
     arguments = (as_pytree(logits_fn), x, target, threat, minimiser, search, as_pytree(loss), as_pytree(distance))
