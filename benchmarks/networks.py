@@ -1,8 +1,8 @@
 """The two networks that attacks are compared on, trained once here, and the same weights in PyTorch.
 
 ``python -m benchmarks.networks`` trains both into ``runs/benchmarks`` (minutes on two cores): `SmallCNN` on MNIST by
-FGSM with a random start at epsilon 0.3 (seed 8 of ``experiments.mnist_fast --init lecun``, a robust one), and a ResNet-18
-of width 8 on CIFAR-10 likewise at 8/255.
+FGSM with a random start at epsilon 0.3 (seed 8 of ``experiments.mnist_fast --init lecun``, a robust one), and a
+ResNet-18 of width 8 on CIFAR-10 likewise at 8/255.
 """
 
 from collections.abc import Callable
