@@ -18,7 +18,7 @@ Accuracy in percent under PGD-50 (step 0.01, 10 restarts, epsilon 0.3), weights 
 | PGD-7, epsilon rises | 0     | 10,000 | 97.53               | 89.05                             | 7.2, 6.5           |
 | Published FGSM, one  |       | 10,000 | 98.50               | 88.77                             |                    |
 
-One choice changed at a time (1,000 rows; one restart, which leaves one to three points more than ten):
+One choice changed at a time (1,000 rows; one restart, a little weaker than ten):
 
 | changed                                  | PGD-50 of seeds 0-9                                 | mean | below 50 |
 |------------------------------------------|-----------------------------------------------------|------|----------|
