@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxnets.attacks.parts.apgd_steps import Point, Schedule, schedule_of
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, checked_logits, row_keys
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
 from jaxnets.attacks.parts.start import Start
@@ -148,7 +147,7 @@ def _apgd_targeted(key, logits_fn, x, target, threat, loss, start, *, steps, cla
     wanted = _likeliest_others(logits, target, classes)
     each = lambda leaf: jnp.repeat(leaf, classes, axis=0)  # noqa: E731
     keys = jax.vmap(jax.random.fold_in)(each(keys), jnp.tile(jnp.arange(classes), len(x)))
-    threat = replace(threat, epsilon=each(_a_row(threat.epsilon, x)))
+    threat = replace(threat, epsilon=each(a_row(threat.epsilon, x)))
     towards = Partial(loss, wanted=wanted.ravel())
     found = _ascend(keys, logits_fn, each(x), each(target), threat, towards, start, steps)
     return _best_of_each(found, len(x))
@@ -175,7 +174,7 @@ def _best_of_each(found: Candidate, rows: int) -> Array:
 def _ascend(keys, logits_fn, x, target, threat, loss, start, steps) -> Candidate:
     """Every row's best point of the last phase. Each phase starts where the one before had the highest loss."""
     schedule = schedule_of(threat, steps)
-    threat = replace(threat, epsilon=_a_row(threat.epsilon, x))
+    threat = replace(threat, epsilon=a_row(threat.epsilon, x))
     lengths, widths = (jnp.asarray(values) for values in zip(*schedule.phases, strict=True))
     firsts = jnp.cumsum(lengths + 1) - lengths - 1
 
@@ -218,7 +217,3 @@ def _higher(top: Point, now: Point) -> Point:
     per_row = take.reshape(-1, *[1] * (now.x.ndim - 1))
     x, gradient = (jnp.where(per_row, a, b) for a, b in zip(now[:2], top[:2], strict=True))
     return Point(x, gradient, jnp.where(take, now.loss, top.loss))
-
-
-def _a_row(value: Any, x: Array) -> Array:
-    return jnp.broadcast_to(jnp.asarray(value, x.dtype), len(x))

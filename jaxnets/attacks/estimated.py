@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, row_keys
 from jaxnets.attacks.parts.compaction import until_done
 from jaxnets.attacks.parts.queries import Queried, counts_queries
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
@@ -213,7 +213,7 @@ class _State(NamedTuple):
 
 @partial(jax.jit, static_argnames="settings")
 def _estimated(key, logits_fn, x, target, threat, queries, sigma, loss, step_size, rule, *, settings) -> Queried:
-    epsilon, lengths = (jnp.broadcast_to(jnp.asarray(value, x.dtype), len(x)) for value in (threat.epsilon, step_size))
+    epsilon, lengths = (a_row(value, x) for value in (threat.epsilon, step_size))
     rows = _Rows(row_keys(key, len(x)), x, target, replace(threat, epsilon=epsilon), lengths)
 
     def judged(number, rows, x_t, best):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, row_keys
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.ranking import better, candidate, nothing_yet
 from jaxnets.attacks.parts.rules import Rule, steepest
@@ -122,12 +122,12 @@ def _fgsm(key, logits_fn, x, target, threat, step_size, loss, start):
     keys = row_keys(key, len(x))
     x_0 = start(keys, threat, x)
     gradient, _ = input_gradient(redrawn(logits_fn, keys, 0), loss, x_0, target)
-    return _step(threat, _a_row(step_size, x), x, x_0, gradient, _STEEPEST, ())[0]
+    return _step(threat, a_row(step_size, x), x, x_0, gradient, _STEEPEST, ())[0]
 
 
 @partial(jax.jit, static_argnames="steps")
 def _pgd(key, logits_fn, x, target, threat, step_size, loss, start, rule, *, steps):
-    keys, lengths = row_keys(key, len(x)), _a_row(step_size, x)
+    keys, lengths = row_keys(key, len(x)), a_row(step_size, x)
 
     def ascend(number, carry):
         x_t, state, best = carry
@@ -144,10 +144,6 @@ def _pgd(key, logits_fn, x, target, threat, step_size, loss, start, rule, *, ste
     return better(best, candidate(loss, x_last, logits, target)).x
 
 
-def _a_row(value: Any, x: Array) -> Array:
-    return jnp.broadcast_to(jnp.asarray(value, x.dtype), len(x))
-
-
 def _step(threat: Threat, lengths: Array, x: Array, x_t: Array, gradient: Array, rule: Rule, state: Any):
     """The next iterates and states of all rows; a coordinate whose gradient is NaN has none."""
     gradient = jnp.nan_to_num(gradient)
@@ -156,7 +152,7 @@ def _step(threat: Threat, lengths: Array, x: Array, x_t: Array, gradient: Array,
         z, state = rule.step(state, threat, length, gradient, x_t)
         return threat.project(z, x), state
 
-    threat = replace(threat, epsilon=_a_row(threat.epsilon, x))  # pyright: ignore
+    threat = replace(threat, epsilon=a_row(threat.epsilon, x))  # pyright: ignore
     return jax.vmap(one)(threat, state, lengths, x_t, gradient, x)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, checked_logits, row_keys
 from jaxnets.attacks.parts.ranking import Nearest, nearer, nothing_found, within
 from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import is_targeted, margin, succeeded
@@ -71,7 +71,7 @@ def jsma(
         raise ValueError(f"jsma moves pairs of coordinates, got rows of shape {list(x.shape[1:])}")
     step_size = threat.upper - threat.lower if step_size is None else step_size
     check_one_a_row(x, epsilon=threat.epsilon, step_size=step_size)
-    step_size = jnp.broadcast_to(jnp.asarray(step_size, x.dtype), len(x))
+    step_size = a_row(step_size, x)
     return _jsma(key, as_pytree(logits_fn), x, target, threat, step_size, as_pytree(loss), targets=targets)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, row_keys
 from jaxnets.attacks.parts.compaction import until_done
 from jaxnets.attacks.parts.queries import Queried, counts_queries
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
@@ -104,7 +104,7 @@ class _Rows(NamedTuple):
 @jax.jit
 def _square(key, logits_fn, x, target, threat, queries, horizon, p_init, loss) -> Queried:
     shape, keys = x.shape, jax.vmap(lambda key: jax.random.split(key, 3))(row_keys(key, len(x)))
-    epsilon = jnp.broadcast_to(jnp.asarray(threat.epsilon, x.dtype), len(x))
+    epsilon = a_row(threat.epsilon, x)
     rows = _Rows(keys[:, 0], x.reshape(*shape[:3], -1), target, replace(threat, epsilon=epsilon))
     search = _SEARCHES[type(threat)]
 

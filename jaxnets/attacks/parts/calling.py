@@ -32,6 +32,11 @@ def as_pytree(function: Callable[..., Any]) -> Any:
     return Partial(function) if jax.tree_util.all_leaves((function,)) else function
 
 
+def a_row(value: Any, x: Array) -> Array:
+    """One value a row, ``[B]``, of the type of ``x[B, ...]``."""
+    return jnp.broadcast_to(jnp.asarray(value, x.dtype), len(x))
+
+
 def check_rows(x: Array, target: Array) -> None:
     """Raises ValueError unless ``x`` is a float batch ``[B, ...]`` and ``target`` has ``B`` rows."""
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
