@@ -71,8 +71,14 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
     forward = partial(lax.conv_general_dilated, **settings)
 
     def of_input(lhs_dot, rhs):
+        moves: dict[str, Any] = settings
+        if strides != (1, 1) and rhs_dilation == (1, 1):
+            # The transpose of a stride is a convolution of an array that is mostly zeros. Blocks as channels have none.
+            lhs_dot, rhs = _blocks_as_channels(lhs_dot, rhs, strides, padding)
+            moves = {"window_strides": (1, 1), "padding": "VALID", "precision": precision}
         # Its transpose swaps the kernel's I and O: from HWOI to HWIO.
-        return forward(lhs_dot, rhs.transpose(0, 1, 3, 2), dimension_numbers=("NHWC", "HWOI", "NHWC"))
+        kernel = rhs.transpose(0, 1, 3, 2)
+        return lax.conv_general_dilated(lhs_dot, kernel, **moves, dimension_numbers=("NHWC", "HWOI", "NHWC"))
 
     def of_kernel(lhs, rhs_dot):
         # Its transpose convolves the input with the output's cotangent, batch and features swapped: from here to
@@ -98,6 +104,22 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
         return out, sum(parts[1:], start=parts[0])
 
     return convolve
+
+
+def _blocks_as_channels(lhs: Array, rhs: Array, strides: tuple[int, int], padding: Any) -> tuple[Array, Array]:
+    """Input and kernel of the same convolution with stride 1 and without padding, on blocks of pixels as channels."""
+    places = [(lhs.shape[n + 1] + sum(padding[n]) - rhs.shape[n]) // strides[n] + 1 for n in (0, 1)]
+    taps = [-(-rhs.shape[n] // strides[n]) for n in (0, 1)]
+    blocks = [places[n] + taps[n] - 1 for n in (0, 1)]
+    after = [strides[n] * blocks[n] - lhs.shape[n + 1] - padding[n][0] for n in (0, 1)]
+    edges = [(0, 0, 0), *((padding[n][0], after[n], 0) for n in (0, 1)), (0, 0, 0)]
+    lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), edges)
+    rhs = jnp.pad(rhs, [(0, strides[n] * taps[n] - rhs.shape[n]) for n in (0, 1)] + [(0, 0), (0, 0)])
+    (down, right), channels = strides, lhs.shape[3]
+    lhs = lhs.reshape(-1, blocks[0], down, blocks[1], right * channels).transpose(0, 1, 3, 2, 4)
+    rhs = rhs.reshape(taps[0], down, taps[1], right * channels, -1).transpose(0, 2, 1, 3, 4)
+    size = down * right * channels
+    return lhs.reshape(-1, *blocks, size), rhs.reshape(*taps, size, -1)
 
 
 Conv = partial(nn.Conv, conv_general_dilated=conv_general_dilated)
