@@ -65,7 +65,7 @@ def autoattack(
     *,
     threat: Threat,
     version: Version = standard,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> Array:
     """AutoAttack: each row's example from the first attack of ``version`` that breaks it, else the clean row.
 
@@ -79,7 +79,7 @@ def autoattack(
       target: the true classes ``[B]``.
       threat: `Linf`, `L2` or `L1`.
       version: `standard`, `plus`, `rand`, or a function of the same form: ``lambda threat, classes: {"pgd": ...}``.
-      batch_size: rows attacked at once.
+      batch_size: rows attacked at once; `parallel.rows_at_once` unless given.
 
     Returns:
       ``x_adv[B, ...]`` inside ball and box.
@@ -96,7 +96,7 @@ def autoattack(
     if isinstance(x, Tracer):
         raise ValueError("autoattack gathers surviving rows on the host: call it outside jit, or use worst_of")
     classes = jax.eval_shape(logits_fn, x).shape[-1]
-    doubts = check_model(key, logits_fn, x[:batch_size], target[:batch_size])
+    doubts = check_model(key, logits_fn, x[:500], target[:500])
     done = cascade(version(threat, classes=classes), batch_size=batch_size).run(key, logits_fn, x, target)
     for doubt in [*doubts, *black_box_wins(done.survived)]:
         warnings.warn(doubt, ModelWarning, stacklevel=2)

@@ -41,7 +41,7 @@ class Cascade:
     """
 
     attacks: Mapping[str, Attack]
-    batch_size: int = 500
+    batch_size: int
 
     def __call__(self, key: Array, logits_fn: LogitsFn, x: Array, target: Array, /) -> Array:
         if isinstance(x, Tracer):
@@ -88,16 +88,16 @@ class Cascade:
         return Cascaded(found, correct, queries, survived)
 
 
-def cascade(attacks: Mapping[str, Attack], *, batch_size: int = 500) -> Cascade:
+def cascade(attacks: Mapping[str, Attack], *, batch_size: int | None = None) -> Cascade:
     """Runs attacks in the order given, each on the rows that survived those before it.
 
     Args:
       attacks: by name, untargeted all (a targeted one of many classes, such as `apgd_targeted`, counts as such).
-      batch_size: rows at once.
+      batch_size: rows at once; `parallel.rows_at_once` unless given.
 
     Raises:
       ValueError: without attacks.
     """
     if not attacks:
         raise ValueError("cascade takes at least one attack, got none")
-    return Cascade(dict(attacks), batch_size)
+    return Cascade(dict(attacks), batch_size or parallel.rows_at_once())
