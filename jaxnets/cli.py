@@ -95,6 +95,8 @@ class Evaluate:
     """Where data is; unless given that of each run's training."""
     seed: int = 0
     """Of the attacks."""
+    eight_bit: bool = False
+    """Round adversarial examples to multiples of 1/255, as image files hold them."""
     save: bool = False
     """Write the adversarial examples of each run into its folder, for jaxnets verify."""
     out: Path | None = None

@@ -10,7 +10,7 @@ import references
 from jax.tree_util import Partial
 
 import jaxnets as jn
-from jaxnets.attacks.combinators import escalate, restarts, worst_of
+from jaxnets.attacks.combinators import eight_bit, escalate, restarts, worst_of
 from jaxnets.attacks.parts.calling import row_keys
 from jaxnets.attacks.parts.stochastic import Stochastic
 
@@ -117,3 +117,37 @@ def test_bad_arguments_raise():
             escalate(jn.attacks.fgsm, jn.Linf(0.0), epsilons)
     with pytest.raises(ValueError, match="at_once=0"):
         restarts(jn.attacks.pgd, 3, at_once=0)
+
+
+# Eight bits.
+
+
+def pixels(x):
+    return 255 * np.asarray(x, np.float64)
+
+
+def test_eight_bits_are_the_next_ones_towards_the_clean_row():
+    x = jnp.array([[10, 10, 10, 10, 10, 10.5]]) / 255
+    moved = jnp.array([[12.9, 12.0, 10.9, 7.1, 0.0, 10.7]]) / 255
+    found = eight_bit(lambda key, logits_fn, x, target: moved)(KEY, lambda x: x, x, jnp.array([0]))
+    np.testing.assert_allclose(pixels(found), [[12, 12, 10, 8, 0, 10.5]], atol=1e-4)
+
+
+@pytest.mark.parametrize("threat", [jn.Linf(8 / 255), jn.Linf(0.031), jn.L2(0.2), jn.L1(0.5)], ids=repr)
+def test_eight_bits_stay_inside_and_lose_little(threat):
+    logits_fn, x, y = bumpy()
+    x = jnp.round(255 * x) / 255
+    attack = partial(jn.attacks.pgd, threat=threat, steps=10)
+    free, held = (margin(logits_fn(a(KEY, logits_fn, x, y)), y) for a in (attack, eight_bit(attack)))
+    found = eight_bit(attack)(KEY, logits_fn, x, y)
+    np.testing.assert_allclose(pixels(found), np.round(pixels(found)), atol=1e-4)
+    references.assert_inside(threat, found, x)
+    clean = margin(logits_fn(x), y)
+    assert jnp.mean(held - clean) > 0.8 * jnp.mean(free - clean)
+
+
+def test_eight_bits_keep_the_count_of_queries():
+    logits_fn, x, y = bumpy()
+    attack = partial(jn.attacks.nes, threat=jn.Linf(0.1), samples=4, queries=30, sigma=0.1, step_size=0.05)
+    expected = jn.attacks.with_queries(attack)(KEY, logits_fn, x, y).queries
+    np.testing.assert_array_equal(jn.attacks.with_queries(eight_bit(attack))(KEY, logits_fn, x, y).queries, expected)

@@ -4,7 +4,7 @@ Inside a ball, by gradients: `fgsm`, `pgd` and what is made of them (`bim`, `lea
 `di_fgsm`, `ti_fgsm`, `adam_pgd`), `apgd`, `apgd_targeted`. The smallest perturbation: `fab`, `fab_targeted`,
 `deepfool`, `carlini_wagner`, `ead`, `lbfgs`, `jsma`, `ddn`, `fmn`, `sigma_zero`. By scores alone: `square`, `nes`,
 `spsa`; by decisions alone: `boundary`, `hop_skip_jump`. One perturbation for all images: `universal`, `train_patch`.
-Made of attacks: `worst_of`, `restarts`, `escalate`, `cascade`, `autoattack`.
+Made of attacks: `worst_of`, `restarts`, `escalate`, `eight_bit`, `cascade`, `autoattack`.
 """
 
 from jaxnets.attacks.apgd import apgd, apgd_targeted
@@ -14,7 +14,7 @@ from jaxnets.attacks.bpda import bpda
 from jaxnets.attacks.carlini_wagner import carlini_wagner
 from jaxnets.attacks.cascade import cascade
 from jaxnets.attacks.checks import ModelWarning, check_model
-from jaxnets.attacks.combinators import escalate, restarts, worst_of
+from jaxnets.attacks.combinators import eight_bit, escalate, restarts, worst_of
 from jaxnets.attacks.ddn import ddn
 from jaxnets.attacks.deepfool import deepfool
 from jaxnets.attacks.diversity import diversified
@@ -56,11 +56,12 @@ from jaxnets.attacks.transfer import ensemble
 from jaxnets.attacks.universal import apply_universal, universal
 
 __all__ = [
-    "ModelWarning", "Placement", "Queried", "Rule", "Stochastic", "adam_pgd", "apgd", "apgd_targeted", "apply_patch",
-    "apply_universal", "at_clean", "autoattack", "bim", "boundary", "bpda", "by_optax", "carlini_wagner", "cascade",
-    "check_model", "counts_queries", "ddn", "deepfool", "di_fgsm", "diversified", "ead", "ensemble", "escalate", "fab",
-    "fab_targeted", "fgsm", "fmn", "gaussian_kernel", "hop_skip_jump", "iterated_least_likely_class", "jsma", "lbfgs",
-    "least_likely_class", "mi_fgsm", "momentum", "nes", "nesterov", "ni_fgsm", "normalized", "pgd", "plus", "rand",
-    "restarts", "sigma_zero", "smoothed", "spsa", "square", "standard", "steepest", "ti_fgsm", "train_patch", "uniform",
-    "uniform_unclipped", "universal", "with_queries", "worst_of",
+    "ModelWarning", "Placement", "Queried", "Rule", "Stochastic", "adam_pgd", "apgd", "apgd_targeted",
+    "apply_patch", "apply_universal", "at_clean", "autoattack", "bim", "boundary", "bpda", "by_optax",
+    "carlini_wagner", "cascade", "check_model", "counts_queries", "ddn", "deepfool", "di_fgsm", "diversified",
+    "ead", "eight_bit", "ensemble", "escalate", "fab", "fab_targeted", "fgsm", "fmn", "gaussian_kernel",
+    "hop_skip_jump", "iterated_least_likely_class", "jsma", "lbfgs", "least_likely_class", "mi_fgsm", "momentum",
+    "nes", "nesterov", "ni_fgsm", "normalized", "pgd", "plus", "rand", "restarts", "sigma_zero", "smoothed", "spsa",
+    "square", "standard", "steepest", "ti_fgsm", "train_patch", "uniform", "uniform_unclipped", "universal",
+    "with_queries", "worst_of",
 ]  # fmt: skip

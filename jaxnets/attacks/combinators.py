@@ -1,4 +1,4 @@
-"""Attacks made of attacks: row by row the best of several or of several starts, or the first epsilon that does it."""
+"""Attacks made of attacks: the best of several or of several starts, the first epsilon that does it, eight bits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.queries import Queried, counts_queries, with_queries
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
 from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
 from jaxnets.losses import is_targeted, margin, targeted
@@ -84,6 +85,40 @@ def escalate(
         raise ValueError(f"escalate takes rising epsilons of at least 0, at least one, got {epsilons}")
     goal = _common_goal([attack]) if loss is None else loss
     return Combination(_escalate, (attack, threat, tuple(rising.tolist())), goal)
+
+
+def eight_bit(attack: Attack) -> Attack:
+    """An attack whose examples are whole multiples of 1/255, as image files hold them.
+
+    Every coordinate goes from where the attack left it towards the clean row, up to the first multiple; where there is
+    none on the way it stays clean. So no perturbation grows, whatever its norm.
+
+    Args:
+      attack: on data in [0, 1]. Its queries are counted as before.
+
+    >>> import jaxnets as jn
+    >>> x, y = jnp.array([[100, 50]]) / 255, jnp.array([0])
+    >>> attack = eight_bit(Partial(jn.attacks.fgsm, threat=jn.Linf(8.7 / 255)))
+    >>> print((attack(jax.random.key(0), lambda x: x, x, y) * 255).round().astype(int))
+    [[92 58]]
+    """
+    counting = with_queries(attack)
+    if counting is None:
+        return lambda key, logits_fn, x, target: _to_eight_bits(attack(key, logits_fn, x, target), x)
+
+    @counts_queries
+    def rounded(key: Array, logits_fn: LogitsFn, x: Array, target: Array) -> Queried:
+        found, queries = counting(key, logits_fn, x, target)
+        return Queried(_to_eight_bits(found, x), queries)
+
+    return rounded
+
+
+@jax.jit
+def _to_eight_bits(x_adv: Array, x: Array) -> Array:
+    # What a rounding error keeps from being a whole number is one.
+    down, up = jnp.floor(255 * x_adv + 1e-4) / 255, jnp.ceil(255 * x_adv - 1e-4) / 255
+    return jnp.where(x_adv > x, jnp.maximum(down, x), jnp.where(x_adv < x, jnp.minimum(up, x), x))
 
 
 @dataclass(frozen=True, eq=False)

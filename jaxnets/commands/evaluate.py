@@ -26,16 +26,21 @@ from jaxnets.verification import Examples, accuracy_interval, save_examples
 def _pgd_three_times(c: Evaluate, threat: Threat, classes: int) -> dict[str, Attack]:
     pgd = partial(attacks.pgd, threat=threat, steps=c.steps)
     return {
-        f"pgd-{c.steps}x{c.restarts} {name}": attacks.restarts(partial(pgd, loss=loss), c.restarts)
+        f"pgd-{c.steps}x{c.restarts} {name}": _as_asked(c, attacks.restarts(partial(pgd, loss=loss), c.restarts))
         for name, loss in (("ce", losses.cross_entropy), ("margin", losses.margin), ("dlr", losses.dlr))
     }
 
 
 def _cascade(version: Callable[..., dict[str, Attack]], name: str):
     def suite(c: Evaluate, threat: Threat, classes: int) -> dict[str, Attack]:
-        return {name: attacks.cascade(version(threat, classes=classes))}
+        stages = version(threat, classes=classes)
+        return {name: attacks.cascade({stage: _as_asked(c, attack) for stage, attack in stages.items()})}
 
     return suite
+
+
+def _as_asked(c: Evaluate, attack: Attack) -> Attack:
+    return attacks.eight_bit(attack) if c.eight_bit else attack
 
 
 SUITES: dict[str, Callable[[Evaluate, Threat, int], dict[str, Attack]]] = {
