@@ -135,8 +135,8 @@ def test_help_does_not_wait_for_jax():
 
 def test_autoattack_examples_are_saved_and_verified(trained, tmp_path, capsys):
     out = tmp_path / "out"
-    options = ["--attack", "autoattack", "--epsilon", "0.02", "--examples", "16", "--save", "--out", str(out)]
-    cli.main(["evaluate", str(trained), *options])
+    options = ["--attack", "autoattack", "--epsilon", "0.02", "--examples", "16", "--save", "--eight-bit"]
+    cli.main(["evaluate", str(trained), *options, "--out", str(out)])
     said = capsys.readouterr().out
     for name in ("autoattack: apgd-ce", "autoattack: square", "masked gradients?", "ms a row"):
         assert name in said
@@ -148,6 +148,9 @@ def test_autoattack_examples_are_saved_and_verified(trained, tmp_path, capsys):
     assert "classified otherwise than the file says" in refusal(capsys, "verify", str(file), "--run", str(other))
     with np.load(file) as stored:
         arrays = dict(stored)
+    pixels = 255 * arrays["x_adv/autoattack"]
+    np.testing.assert_allclose(pixels, pixels.round(), atol=1e-4)
+    np.testing.assert_allclose(np.abs(pixels - 255 * arrays["x"]).max(), 5, atol=1e-4)
     arrays["x"] = arrays["x"][::-1]
     np.savez(file, **arrays)
     assert "its clean rows are not the first test rows" in refusal(capsys, "verify", str(file))
