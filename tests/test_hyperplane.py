@@ -8,7 +8,8 @@ import references
 from scipy.optimize import linprog, minimize
 
 import jaxnets as jn
-from jaxnets.attacks.parts.hyperplane import Hyperplane, distance, likeliest_others, linearised, seen_from, step_to
+from jaxnets.attacks.parts.classes import likeliest_others
+from jaxnets.attacks.parts.hyperplane import Hyperplane, distance, linearised, seen_from, step_to
 
 THREATS = {"Linf": jn.Linf, "L2": jn.L2, "L1": jn.L1}
 every_threat = pytest.mark.parametrize("cls", THREATS.values(), ids=THREATS)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxnets.attacks.parts.apgd_steps import Point, Schedule, schedule_of
-from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, check_steps, checked_logits, row_keys
+from jaxnets.attacks.parts.classes import check_classes, likeliest_others
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
 from jaxnets.attacks.parts.start import Start
@@ -122,16 +123,14 @@ def apgd_targeted(
     [0.4 0.5]
     """
     _check(x, target, threat, steps, "apgd_targeted")
-    if target.ndim != 1 or not jnp.issubdtype(target.dtype, jnp.integer):
-        raise ValueError(f"apgd_targeted needs integer classes [B] as target, got {target.dtype}{list(target.shape)}")
+    check_classes(target, "apgd_targeted")
     arguments = (as_pytree(logits_fn), x, target, threat, as_pytree(loss), None if start is None else as_pytree(start))
     return _apgd_targeted(key, *arguments, steps=steps, classes=classes)
 
 
 def _check(x: Array, target: Array, threat: Threat, steps: int, name: str) -> None:
     check_rows(x, target)
-    if steps < 1:
-        raise ValueError(f"{name} takes at least one step, got steps={steps}")
+    check_steps(name, steps)
     check_one_a_row(x, epsilon=threat.epsilon)
 
 
@@ -144,22 +143,16 @@ def _apgd(key, logits_fn, x, target, threat, loss, start, *, steps):
 def _apgd_targeted(key, logits_fn, x, target, threat, loss, start, *, steps, classes):
     keys = row_keys(key, len(x))
     logits = checked_logits(redrawn(logits_fn, keys, 0)(x), x)
-    wanted = _likeliest_others(logits, target, classes)
+    others = logits.shape[1] - 1
+    if classes > others:
+        raise ValueError(f"there are {others} other classes in logits of shape {list(logits.shape)}, got {classes=}")
+    wanted = likeliest_others(logits, target, classes)
     each = lambda leaf: jnp.repeat(leaf, classes, axis=0)  # noqa: E731
     keys = jax.vmap(jax.random.fold_in)(each(keys), jnp.tile(jnp.arange(classes), len(x)))
     threat = replace(threat, epsilon=each(a_row(threat.epsilon, x)))
     towards = Partial(loss, wanted=wanted.ravel())
     found = _ascend(keys, logits_fn, each(x), each(target), threat, towards, start, steps)
     return _best_of_each(found, len(x))
-
-
-def _likeliest_others(logits: Array, target: Array, classes: int) -> Array:
-    """The classes ``[B, classes]`` of the largest logits but for that of ``target``."""
-    others = logits.shape[1] - 1
-    if not 1 <= classes <= others:
-        raise ValueError(f"there are {others} other classes in logits of shape {list(logits.shape)}, got {classes=}")
-    is_target = jnp.arange(others + 1) == target[:, None]
-    return jax.lax.top_k(jnp.where(is_target, -jnp.inf, jnp.nan_to_num(logits)), classes)[1]
 
 
 def _best_of_each(found: Candidate, rows: int) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
 from jaxnets.attacks.parts.decisions import Decisions, check_start, find_start, select, straight, to_boundary
-from jaxnets.attacks.parts.minimum_norm import a_row
+from jaxnets.attacks.parts.minimum_norm import wide_a_row
 from jaxnets.attacks.parts.queries import Queried, counts_queries
 from jaxnets.attacks.parts.ranking import Nearest, within
 from jaxnets.losses import margin
@@ -145,7 +145,7 @@ def _boundary(key, logits_fn, x, target, threat, queries, loss, start_points, se
         z = select(take, nearer, walk.x)
         return _Walk(walk.number + 1, z, jnp.where(take, size, walk.size), around, towards, used)
 
-    lengths = a_row(settings.around, x), a_row(settings.towards, x)
+    lengths = wide_a_row(settings.around, x), wide_a_row(settings.towards, x)
     walk = _Walk(jnp.zeros((), jnp.int32), z, sizes(threat, z, x), *lengths, used)
     walk = jax.lax.while_loop(lambda walk: jnp.any(alive(walk)), move, walk)
     found = Nearest(walk.x, jnp.where(walking, walk.size, jnp.inf))

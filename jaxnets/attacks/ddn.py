@@ -6,18 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, check_steps, checked_logits, row_keys
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.minimum_norm import (
-    a_row,
     annealed,
     box_width,
-    check_steps,
     finite,
     largest_sizes,
     random_directions,
     spread,
     unit_step,
+    wide_a_row,
 )
 from jaxnets.attacks.parts.ranking import nearer, nothing_found, within
 from jaxnets.attacks.parts.stochastic import redrawn
@@ -97,7 +96,7 @@ def ddn(
 @partial(jax.jit, static_argnames="steps")
 def _ddn(key, logits_fn, x, target, threat, loss, numbers, *, steps):
     *numbers, levels = numbers
-    first_radius, lengths, gamma = (a_row(number, x) for number in numbers)
+    first_radius, lengths, gamma = (wide_a_row(number, x) for number in numbers)
     keys, furthest = row_keys(key, len(x)), largest_sizes(threat, x)
     otherwise = random_directions(keys, x)
 

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
-from jaxnets.attacks.parts.hyperplane import Hyperplane, check_classes, distance, likeliest_others, linearised
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, check_steps, checked_logits, row_keys
+from jaxnets.attacks.parts.classes import check_classes, likeliest_others
+from jaxnets.attacks.parts.hyperplane import Hyperplane, distance, linearised
 from jaxnets.attacks.parts.ranking import nearer, nothing_found, within
 from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import margin, succeeded
@@ -70,8 +71,7 @@ def deepfool(
         raise ValueError(f"deepfool takes an Linf or L2 threat, got {threat!r}")
     check_classes(target, "deepfool")
     check_one_a_row(x, epsilon=threat.epsilon)
-    if steps < 1:
-        raise ValueError(f"deepfool takes at least one step, got steps={steps}")
+    check_steps("deepfool", steps)
     arguments = (as_pytree(logits_fn), x, target, threat, as_pytree(loss), jnp.asarray(overshoot, x.dtype))
     return _deepfool(key, *arguments, steps=steps, classes=classes)
 

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, check_steps, checked_logits, row_keys
+from jaxnets.attacks.parts.classes import check_classes, likeliest_others
 from jaxnets.attacks.parts.hyperplane import (
     Hyperplane,
     boundary_to,
-    check_classes,
     check_norm,
-    likeliest_others,
     linearised,
     seen_from,
     step_to,
@@ -172,8 +171,7 @@ def _check(x: Array, target: Array, threat: Threat, steps: int, name: str) -> No
     check_norm(threat, name)
     check_classes(target, name)
     check_one_a_row(x, epsilon=threat.epsilon)
-    if steps < 1:
-        raise ValueError(f"{name} takes at least one step, got steps={steps}")
+    check_steps(name, steps)
 
 
 @partial(jax.jit, static_argnames="steps")

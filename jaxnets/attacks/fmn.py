@@ -7,18 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, check_steps, checked_logits, row_keys
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.minimum_norm import (
-    a_row,
     annealed,
     box_width,
-    check_steps,
     finite,
     largest_sizes,
     random_directions,
     spread,
     unit_step,
+    wide_a_row,
 )
 from jaxnets.attacks.parts.ranking import nearer, nothing_found, within
 from jaxnets.attacks.parts.stochastic import redrawn
@@ -96,7 +95,7 @@ def fmn(
 
 @partial(jax.jit, static_argnames="steps")
 def _fmn(key, logits_fn, x, target, threat, loss, step_size, gamma, *, steps):
-    lengths, gammas = a_row(step_size, x), a_row(gamma, x)
+    lengths, gammas = wide_a_row(step_size, x), wide_a_row(gamma, x)
     keys, furthest = row_keys(key, len(x)), largest_sizes(threat, x)
     otherwise, next_radius = random_directions(keys, x), _whole_radius if isinstance(threat, L0) else _radius
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, check_steps, row_keys
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.ranking import better, candidate, nothing_yet
 from jaxnets.attacks.parts.rules import Rule, steepest
@@ -109,8 +109,7 @@ def pgd(
     [[0.4 0.6]]
     """
     check_rows(x, target)
-    if steps < 1:
-        raise ValueError(f"pgd takes at least one step, got steps={steps}")
+    check_steps("pgd", steps)
     step_size = 2.5 * threat.epsilon / steps if step_size is None else step_size
     check_one_a_row(x, epsilon=threat.epsilon, step_size=step_size)
     arguments = (as_pytree(logits_fn), x, target, threat, step_size, as_pytree(loss), as_pytree(start), rule)

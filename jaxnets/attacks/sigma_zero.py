@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, check_steps, checked_logits, row_keys
 from jaxnets.attacks.parts.derivatives import input_gradient
-from jaxnets.attacks.parts.minimum_norm import a_row, annealed, box_width, check_steps, finite, spread
+from jaxnets.attacks.parts.minimum_norm import annealed, box_width, finite, spread, wide_a_row
 from jaxnets.attacks.parts.ranking import nearer, nothing_found, within
 from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import margin, succeeded
@@ -82,7 +82,7 @@ def sigma_zero(
 
 @partial(jax.jit, static_argnames="steps")
 def _sigma_zero(key, logits_fn, x, target, threat, loss, numbers, *, steps):
-    lengths, sigma, first_threshold, threshold_step = (a_row(number, x) for number in numbers)
+    lengths, sigma, first_threshold, threshold_step = (wide_a_row(number, x) for number in numbers)
     keys, adam = row_keys(key, len(x)), optax.scale_by_adam()
     width = threat.upper - threat.lower
 

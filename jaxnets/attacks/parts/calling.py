@@ -37,6 +37,12 @@ def a_row(value: Any, x: Array) -> Array:
     return jnp.broadcast_to(jnp.asarray(value, x.dtype), len(x))
 
 
+def check_steps(name: str, steps: int) -> None:
+    """Raises ValueError for fewer than one step."""
+    if steps < 1:
+        raise ValueError(f"{name} takes at least one step, got steps={steps}")
+
+
 def check_rows(x: Array, target: Array) -> None:
     """Raises ValueError unless ``x`` is a float batch ``[B, ...]`` and ``target`` has ``B`` rows."""
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):

@@ -33,12 +33,6 @@ def check_norm(threat: Threat, name: str) -> None:
         raise ValueError(f"{name} takes an Linf, L2 or L1 threat, got {threat!r}")
 
 
-def check_classes(target: Array, name: str) -> None:
-    """Raises ValueError unless ``target`` holds one class a row."""
-    if target.ndim != 1 or not jnp.issubdtype(target.dtype, jnp.integer):
-        raise ValueError(f"{name} takes integer classes [B] as target, got {target.dtype}{list(target.shape)}")
-
-
 # Where the boundary seems to be: for a batch of rows.
 
 
@@ -67,20 +61,6 @@ def boundary_to(logits_fn: LogitsFn, x_t: Array, target: Array, other: Array) ->
     pair = jnp.stack([target, other], axis=1)
     normal, logits = input_gradient(logits_fn, _lead, x_t, pair)
     return logits, Hyperplane(_gap(_lead(logits, pair), logits), normal)
-
-
-def likeliest_others(logits: Array, target: Array, classes: int | None = None) -> Array:
-    """The ``classes`` classes other than ``target[B]`` with the highest logits, unless given all: ``[B, C]``.
-
-    Raises:
-      ValueError: for fewer than 2 classes in all, or less than one wanted.
-    """
-    available = logits.shape[1] - 1
-    wanted = available if classes is None else min(classes, available)
-    if wanted < 1:
-        raise ValueError(f"a boundary needs another class: got classes={classes} and logits {list(logits.shape)}")
-    own = jnp.arange(logits.shape[1]) == target[:, None]
-    return jax.lax.top_k(jnp.where(own, -jnp.inf, logits), wanted)[1]
 
 
 def _lead(logits: Array, pair: Array) -> Array:

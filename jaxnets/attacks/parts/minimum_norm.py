@@ -12,12 +12,6 @@ from jaxnets.threats import L2, Threat, each_row, sizes
 from jaxnets.types import Array
 
 
-def check_steps(name: str, steps: int) -> None:
-    """Raises ValueError for fewer than one step."""
-    if steps < 1:
-        raise ValueError(f"{name} takes at least one step, got steps={steps}")
-
-
 def box_width(name: str, threat: Threat, unless: str) -> float:
     """The unit of length of the published settings, which are for data in [0, 1].
 
@@ -30,7 +24,7 @@ def box_width(name: str, threat: Threat, unless: str) -> float:
     return width
 
 
-def a_row(value: Any, x: Array) -> Array:
+def wide_a_row(value: Any, x: Array) -> Array:
     """One value a row, ``[B]``, in at least single precision."""
     return jnp.broadcast_to(jnp.asarray(value, jnp.promote_types(x.dtype, jnp.float32)), len(x))
 
