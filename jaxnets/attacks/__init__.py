@@ -20,7 +20,7 @@ from jaxnets.attacks.deepfool import deepfool
 from jaxnets.attacks.diversity import diversified
 from jaxnets.attacks.ead import ead
 from jaxnets.attacks.estimated import nes, spsa
-from jaxnets.attacks.fab import fab, fab_targeted
+from jaxnets.attacks.fab import fab, fab_targeted, halfway
 from jaxnets.attacks.fmn import fmn
 from jaxnets.attacks.gradient import fgsm, pgd
 from jaxnets.attacks.hop_skip_jump import hop_skip_jump
@@ -59,7 +59,7 @@ __all__ = [
     "ModelWarning", "Placement", "Queried", "Rule", "Stochastic", "adam_pgd", "apgd", "apgd_targeted",
     "apply_patch", "apply_universal", "at_clean", "autoattack", "bim", "boundary", "bpda", "by_optax",
     "carlini_wagner", "cascade", "check_model", "counts_queries", "ddn", "deepfool", "di_fgsm", "diversified",
-    "ead", "eight_bit", "ensemble", "escalate", "fab", "fab_targeted", "fgsm", "fmn", "gaussian_kernel",
+    "ead", "eight_bit", "ensemble", "escalate", "fab", "fab_targeted", "fgsm", "fmn", "gaussian_kernel", "halfway",
     "hop_skip_jump", "iterated_least_likely_class", "jsma", "lbfgs", "least_likely_class", "mi_fgsm", "momentum",
     "nes", "nesterov", "ni_fgsm", "normalized", "pgd", "plus", "rand", "restarts", "sigma_zero", "smoothed", "spsa",
     "square", "standard", "steepest", "ti_fgsm", "train_patch", "uniform", "uniform_unclipped", "universal",

@@ -15,27 +15,31 @@ from jaxnets.attacks.parts.queries import Queried, counts_queries, with_queries
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
 from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
 from jaxnets.losses import is_targeted, margin, targeted
-from jaxnets.threats import Threat
+from jaxnets.threats import Threat, sizes
 from jaxnets.types import Array, Attack, LogitsFn, Loss
 
 
-def worst_of(*attacks: Attack, loss: Loss | None = None) -> Attack:
+def worst_of(*attacks: Attack, loss: Loss | None = None, nearest: Threat | None = None) -> Attack:
     """Runs every attack and keeps, row by row, the point that is worst for the model.
 
     Args:
       attacks: untargeted all, or targeted all.
       loss: what ranks two points that both succeed or both fail. Unless given it is the margin, whose sign says whether
         an attack succeeds, or the targeted margin where the attacks are targeted.
+      nearest: for attacks that look for the smallest perturbation: a threat in whose norm, of two points that both
+        succeed, the one nearer to the clean row is kept.
 
     Raises:
       ValueError: without attacks, or where some are targeted and others not and no ``loss`` is given.
     """
     if not attacks:
         raise ValueError("worst_of takes at least one attack, got none")
-    return Combination(_worst_of, attacks, _common_goal(attacks) if loss is None else loss)
+    return Combination(_worst_of, attacks, _common_goal(attacks) if loss is None else loss, nearest)
 
 
-def restarts(attack: Attack, times: int, *, at_once: int = 1, loss: Loss | None = None) -> Attack:
+def restarts(
+    attack: Attack, times: int, *, at_once: int = 1, loss: Loss | None = None, nearest: Threat | None = None
+) -> Attack:
     """Runs an attack ``times`` times with different keys and keeps the worst point of each row, as `worst_of` does.
 
     A row that an earlier run fooled stays fooled: survivors never increase with ``times``.
@@ -45,14 +49,14 @@ def restarts(attack: Attack, times: int, *, at_once: int = 1, loss: Loss | None 
       times: number of runs, at least 1.
       at_once: runs that share a call, along an axis beside that of the rows: as many as memory allows. The result is
         the same. Where it does not divide ``times``, the last call repeats a run.
-      loss: as for `worst_of`.
+      loss, nearest: as for `worst_of`.
 
     Raises:
       ValueError: for fewer than one run, in all or at once.
     """
     if times < 1 or at_once < 1:
         raise ValueError(f"restarts runs an attack at least once, got times={times}, at_once={at_once}")
-    return Combination(_restarts, (attack, times, at_once), _common_goal([attack]) if loss is None else loss)
+    return Combination(_restarts, (attack, times, at_once), _common_goal([attack]) if loss is None else loss, nearest)
 
 
 def escalate(
@@ -123,11 +127,12 @@ def _to_eight_bits(x_adv: Array, x: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Combination:
-    """An attack that jits ``run(key, logits_fn, x, target, loss, *parts)`` once and prints its parts."""
+    """An attack that jits ``run(key, logits_fn, x, target, (loss, nearest), *parts)`` once and prints its parts."""
 
     run: Callable[..., Array]
     parts: tuple[Any, ...]
     loss: Loss
+    nearest: Threat | None = None
 
     def __call__(self, key: Array, logits_fn: LogitsFn, x: Array, target: Array, /) -> Array:
         check_rows(x, target)
@@ -135,15 +140,15 @@ class Combination:
 
     @cached_property
     def _jitted(self):
-        return jax.jit(lambda *arguments: self.run(*arguments, self.loss, *self.parts))
+        return jax.jit(lambda *arguments: self.run(*arguments, (self.loss, self.nearest), *self.parts))
 
     def __repr__(self) -> str:
         return f"{self.run.__name__.lstrip('_')}({', '.join(map(repr, self.parts))})"
 
 
-def _worst_of(key: Array, logits_fn: Partial, x: Array, target: Array, loss: Loss, *attacks: Attack) -> Array:
+def _worst_of(key: Array, logits_fn: Partial, x: Array, target: Array, ranking, *attacks: Attack) -> Array:
     keys = row_keys(key, len(x))
-    judge = _judge(logits_fn, keys, len(attacks), target, loss)
+    judge = _judge(logits_fn, keys, len(attacks), x, target, ranking)
     best = nothing_yet(x)
     for number, attack in enumerate(attacks):
         own_keys = _run_keys(keys, number)
@@ -151,9 +156,9 @@ def _worst_of(key: Array, logits_fn: Partial, x: Array, target: Array, loss: Los
     return best.x
 
 
-def _restarts(key, logits_fn: Partial, x: Array, target: Array, loss: Loss, attack: Attack, times: int, at_once: int):
+def _restarts(key, logits_fn: Partial, x: Array, target: Array, ranking, attack: Attack, times: int, at_once: int):
     keys = row_keys(key, len(x))
-    judge = _judge(logits_fn, keys, times, target, loss)
+    judge = _judge(logits_fn, keys, times, x, target, ranking)
 
     def run(number):
         own_keys = _run_keys(keys, number)
@@ -174,9 +179,9 @@ def _restarts(key, logits_fn: Partial, x: Array, target: Array, loss: Loss, atta
     return jax.lax.fori_loop(0, -(-times // at_once), again, nothing_yet(x)).x
 
 
-def _escalate(key, logits_fn: Partial, x: Array, target: Array, loss: Loss, attack, threat: Any, epsilons) -> Array:
+def _escalate(key, logits_fn: Partial, x: Array, target: Array, ranking, attack, threat: Any, epsilons) -> Array:
     keys, values = row_keys(key, len(x)), jnp.asarray(epsilons)
-    judge = _judge(logits_fn, keys, len(epsilons), target, loss)
+    judge = _judge(logits_fn, keys, len(epsilons), x, target, ranking)
 
     def harder(carry):
         number, held = carry
@@ -196,10 +201,19 @@ def _run_keys(keys: Array, number: Any) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
 
 
-def _judge(logits_fn: LogitsFn, keys: Array, runs: int, target: Array, loss: Loss) -> Callable[[Array], Candidate]:
+def _judge(
+    logits_fn: LogitsFn, keys: Array, runs: int, x: Array, target: Array, ranking: tuple[Loss, Threat | None]
+) -> Callable[[Array], Candidate]:
     """What ranks the points of ``runs`` runs. A model that draws does so alike for all, and as in none of them."""
-    judging = redrawn(logits_fn, keys, runs)
-    return lambda x_adv: candidate(loss, x_adv, expected_logits(judging, x_adv), target)
+    judging, (loss, nearest) = redrawn(logits_fn, keys, runs), ranking
+
+    def judge(x_adv):
+        found = candidate(loss, x_adv, expected_logits(judging, x_adv), target)
+        if nearest is None:
+            return found
+        return found._replace(loss=jnp.where(found.success, -sizes(nearest, x_adv, x), found.loss))
+
+    return judge
 
 
 def _common_goal(attacks) -> Loss:

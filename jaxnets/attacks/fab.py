@@ -135,8 +135,8 @@ def halfway(keys: Array, threat: Threat, x: Array) -> Array:
     """A `Start` in a random direction, at half of epsilon (at most half the size of the box), cut to the box.
 
     What the paper does in runs after the first, which begins at the clean point: ``worst_of(partial(fab, threat=t),
-    restarts(partial(fab, threat=t, start=halfway), 4))``. Where an earlier run found something, its sizes are the
-    epsilon of the next.
+    restarts(partial(fab, threat=t, start=halfway), 4, nearest=t), nearest=t)``. Where an earlier run found something,
+    its sizes are the epsilon of the next.
     """
 
     def one(threat, key, x):
