@@ -7,7 +7,6 @@ static.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -140,11 +139,14 @@ class L2:
     def project(self, z: Array, x: Array) -> Array:
         """``x + clip(s (z - x))`` to the box, with the largest ``s <= 1`` that stays in the ball."""
         offset, room = z - x, _room(z, x, self)
-        radius = jnp.minimum(self.epsilon, _length(offset))
-        unit, reach = _unit(offset), room / jnp.where(radius > 0, radius, 1)
-        stretched = partial(_stretched, *jax.lax.stop_gradient((jnp.abs(unit), reach)))
-        stretch = _stretched(jnp.abs(unit), reach, last_risen(stretched, jnp.ones((), x.dtype)))
-        return _finish(jnp.clip(stretch * radius * unit, -room, room), z, x, self, power=2)
+        distance = jnp.abs(offset)
+        near = _bisect(lambda s: _length(jnp.minimum(s * distance, room)) <= self.epsilon, jnp.ones((), x.dtype))
+        # With the coordinates that meet the box known, the scale of the others has a closed form.
+        moving = near * distance < room
+        left = self.epsilon**2 - jnp.sum(jnp.where(moving, 0, room**2))
+        total = jnp.sum(jnp.where(moving, distance**2, 0))
+        scale = _root(jnp.maximum(left, 0) / jnp.where(total > 0, total, 1))
+        return _finish(jnp.clip(scale * offset, -room, room), z, x, self, power=2)
 
     def sample(self, key: Array, x: Array) -> Array:
         """``epsilon u^(1/n) g / |g|`` with ``g`` normal and ``u`` uniform: the radius to the power n is uniform."""
@@ -341,28 +343,12 @@ def _room(z: Array, x: Array, threat: Threat) -> Array:
     return jnp.maximum(jnp.where(z > x, threat.upper - x, x - threat.lower), 0)
 
 
-def last_risen(step: Callable[[Array], Array], first: Array) -> Array:
-    """The last of ``first, step(first), step(step(first)), ...`` before they rise no more."""
-    pair = jax.lax.while_loop(
-        lambda pair: pair[1] > pair[0], lambda pair: (pair[1], step(pair[1])), (first, step(first))
-    )
-    return pair[0]
-
-
-def _stretched(share: Array, reach: Array, stretch: Array) -> Array:
-    """The stretch for which ``min(stretch share, reach)`` has length 1, if no more coordinates meet their reach.
-
-    Newton's method on a square of the length that is concave and piecewise linear in the square of the stretch: from
-    below it meets the solution exactly, in a few rounds.
-    """
-    moving = stretch * share < reach
-    left = jnp.maximum(1 - jnp.sum(jnp.where(moving, 0, reach) ** 2), 0)
-    total = jnp.sum(jnp.where(moving, share, 0) ** 2)
-    return jnp.where(total > 0, _root(left / jnp.where(total > 0, total, 1)), stretch)
-
-
 def _bisect(fits: Callable[[Array], Array], upper: Array) -> Array:
-    """The largest value in ``[0, upper]`` for which ``fits`` holds, to 2^-30 of ``upper``; ``fits`` is falling."""
+    """The largest value in ``[0, upper]`` for which ``fits`` holds, to 2^-30 of ``upper``; ``fits`` is falling.
+
+    In as many rounds for every row: a loop until all rows are done would make the devices that hold them wait for each
+    other in every step of an attack.
+    """
 
     def halve(_, bracket):
         middle = (bracket[0] + bracket[1]) / 2

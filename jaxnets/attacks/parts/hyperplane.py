@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.losses import is_targeted, margin, targeted
-from jaxnets.threats import L1, L2, Linf, Threat, last_risen
+from jaxnets.threats import L1, L2, Linf, Threat
 from jaxnets.types import Array, LogitsFn, Loss
 
 _DUAL: dict[type, Threat] = {Linf: L1(0.0), L2: L2(0.0), L1: Linf(0.0)}
@@ -143,8 +143,11 @@ def _closing(slope: Array, room: Array, rise: Array, *, speed: Array) -> Array:
         left, rate = rise - _dot(jnp.where(meets, room, 0), slope), _dot(jnp.where(meets, 0, speed), slope)
         return jnp.where(rate > 0, left / _positive(rate), jnp.inf)
 
-    t = last_risen(newton, jnp.zeros_like(rise))
-    return jnp.where(speed > 0, jnp.minimum(t * _positive(speed), room), 0)
+    first = jnp.zeros_like(rise)
+    rounds = jax.lax.while_loop(
+        lambda pair: pair[1] > pair[0], lambda pair: (pair[1], newton(pair[1])), (first, newton(first))
+    )
+    return jnp.where(speed > 0, jnp.minimum(rounds[0] * _positive(speed), room), 0)
 
 
 def _steepest_first(slope: Array, room: Array, rise: Array) -> Array:
