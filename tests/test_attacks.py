@@ -188,7 +188,7 @@ def test_restarts_draw_other_keys_and_keep_the_worst_of_them():
         np.testing.assert_allclose(result, np.max(draws[:times], axis=0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("is_targeted", [False, True])
+@pytest.mark.parametrize("is_targeted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_survivors_never_increase_with_restarts(is_targeted):
     random = np.random.default_rng(0)
     x = jnp.asarray(random.uniform(size=(40, 6)), jnp.float32)

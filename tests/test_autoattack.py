@@ -37,7 +37,14 @@ def tiny(threat, *, classes):
     }
 
 
-@pytest.mark.parametrize("threat", [jn.Linf(0.05), jn.L2(0.15), jn.L1(0.4)])
+@pytest.mark.parametrize(
+    "threat",
+    [
+        jn.Linf(0.05),
+        pytest.param(jn.L2(0.15), marks=pytest.mark.slow),
+        pytest.param(jn.L1(0.4), marks=pytest.mark.slow),
+    ],
+)
 def test_it_finds_the_known_victims_of_a_linear_model(threat):
     model, x = linear(), images()
     y = jnp.argmax(model(x), axis=-1)

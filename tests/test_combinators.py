@@ -126,20 +126,17 @@ def test_the_nearest_of_minimum_norm_attacks_and_of_their_restarts_is_kept():
     logits_fn, x, y = bumpy()
     free = jn.L2(jnp.inf)
     fab = partial(jn.attacks.fab, threat=jn.L2(0.5), steps=4, start=jn.attacks.halfway)
-    several = restarts(fab, 4, nearest=free)
 
     def found(attack):
         sizes = jn.threats.sizes(free, attack(KEY, logits_fn, x, y), x)
         return jnp.where(sizes > 0, sizes, jnp.inf)
 
-    one, nearest, furthest = found(restarts(fab, 1)), found(several), found(restarts(fab, 4))
-    both = found(worst_of(partial(fab, start=jn.attacks.at_clean), several, nearest=free))
+    one, nearest, furthest = found(restarts(fab, 1)), found(restarts(fab, 4, nearest=free)), found(restarts(fab, 4))
     broken = jnp.isfinite(one)
     assert broken.mean() > 0.8
     assert (nearest <= one + 1e-6).all()
     assert (nearest < 0.99 * one)[broken].any()
     assert (furthest > 1.01 * nearest)[broken].any(), "by margin the furthest is kept"
-    assert (both <= nearest + 1e-6).all()
 
 
 # Eight bits.

@@ -22,7 +22,12 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
+QUICK = ("pgd", "apgd", "fab", "square")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOOPS]
+)
 def test_memory_does_not_grow_with_the_steps(name):
     net = jn.from_linen(jn.models.MLP((8,), 4))
     x, y = jnp.full((6, 16, 16, 3), 0.5), jnp.zeros(6, jnp.int32)
