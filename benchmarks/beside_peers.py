@@ -4,26 +4,15 @@ Command: ``python -m benchmarks.beside_peers`` after ``python -m benchmarks.netw
 side runs in a process of its own, one after the other; times are of a first call, compilation included, and of a
 second.
 
-Found on two cores of an AMD EPYC, jax 0.10.2, PyTorch 2.13.0; ``python -m benchmarks.networks`` gives the networks.
+Found on two cores of an AMD EPYC with jax 0.10.2 and PyTorch 2.13.0, ``--rows 500 --calls 4`` (``--threat l2`` for cw,
+``--calls 1`` for autoattack), key 0; seconds of the first call and the median of the others::
 
-``--rows 500 --calls 4`` (``--calls 2`` for autoattack; ``--threat l2`` for cw), medians of the calls after the first::
-
-    small_cnn      seconds: jaxnets  torchattacks   first call     survivors
-    pgd-40                      0.5      0.7         1.4    1.0    92.2%  92.4%
-    apgd-100                    0.9      2.2         2.4    2.9    88.2%  89.4%
-    cw                          1.1      2.9         2.9    5.7    94.6%  96.4%
-    square-1000                 3.8      5.6         7.6    6.5    86.4%  88.2%
-    autoattack                 40.9     92.9        49.8  102.4    84.4%  84.0%
-
-``--rows 1000 --calls 1 --sides jaxnets official``, other work beside it::
-
-    small_cnn      survivors: jaxnets  official        seconds
-    linf 0.3                   84.30%    84.10%     105.9  392.2
-    l2 2                        7.50%     7.10%      77.6   65.3
-    l1 10                       4.60%     4.80%      56.9   56.1
-
-In L2 both end with random search on a few rows: official leaves 7.0% with another seed, and of 27 rows that one of the
-two leaves alone, jaxnets leaves 16.
+    small_cnn      jaxnets: first  others  survivors   torchattacks: first  others  survivors
+    pgd-40                    1.8     0.4      93.8%                   1.0     0.8      93.6%
+    apgd-100                  2.3     0.9      93.0%                   2.7     2.0      92.6%
+    cw                        2.4     0.9      95.2%                   4.6     2.3      95.6%
+    square-1000               7.4     3.9      90.8%                   5.6     4.9      90.6%
+    autoattack               50.1              90.2%                  94.4              90.2%
 """
 
 import json
