@@ -25,7 +25,6 @@ class Network(NamedTuple):
 
     data: str
     module: Any
-    seed: int
     attack: Any
     epochs: int
     batch_size: int
@@ -41,7 +40,7 @@ def load(name: str, data_dir: Path | None = None) -> tuple[LogitsFn, Any, np.nda
     data = jn.data.load(network.data, data_dir)
     x, y = jn.data.to_float(data.test.images), data.test.labels
     net = jn.from_linen(network.module)
-    init_key, train_key, _ = jax.random.split(jax.random.key(network.seed), 3)
+    init_key, train_key, _ = jax.random.split(jax.random.key(0), 3)
     params, stats = net.init(init_key, x[:1])
 
     def fit(attack, optimizer, params, stats, *, place, epochs):
@@ -151,7 +150,6 @@ NETWORKS = {
     "small_cnn": Network(
         "mnist",
         jn.models.SmallCNN(),
-        0,
         _pgd_7(0.3),
         10,
         100,
@@ -162,7 +160,6 @@ NETWORKS = {
     "resnet18": Network(
         "cifar10",
         jn.models.resnet18(10, width=8, stem=jn.models.cifar_stem),
-        0,
         partial(jn.attacks.fgsm, threat=jn.Linf(8 / 255), step_size=10 / 255, start=jn.attacks.uniform),
         10,
         128,

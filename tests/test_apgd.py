@@ -298,8 +298,8 @@ def test_bad_arguments_raise():
         apgd(KEY, logits_fn, x, y, threat=jn.L0(1))
     with pytest.raises(ValueError, match="dlr_targeted needs at least 4 classes"):
         apgd_targeted(KEY, logits_fn, x, y, threat=jn.Linf(0.1), classes=2)
-    for classes, problem in ((0, "needs another class: got classes=0"), (3, "2 other classes .*, got classes=3")):
-        with pytest.raises(ValueError, match=problem):
+    for classes in (0, 3):
+        with pytest.raises(ValueError, match=f"2 other classes in logits of shape .*, got classes={classes}"):
             apgd_targeted(KEY, logits_fn, x, y, threat=jn.Linf(0.1), classes=classes)
-    with pytest.raises(ValueError, match="takes integer classes"):
+    with pytest.raises(ValueError, match="needs integer classes"):
         apgd_targeted(KEY, logits_fn, x, jnp.zeros((8, 3)), threat=jn.Linf(0.1))

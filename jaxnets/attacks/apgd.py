@@ -144,7 +144,7 @@ def _apgd_targeted(key, logits_fn, x, target, threat, loss, start, *, steps, cla
     keys = row_keys(key, len(x))
     logits = checked_logits(redrawn(logits_fn, keys, 0)(x), x)
     others = logits.shape[1] - 1
-    if classes > others:
+    if not 1 <= classes <= others:
         raise ValueError(f"there are {others} other classes in logits of shape {list(logits.shape)}, got {classes=}")
     wanted = likeliest_others(logits, target, classes)
     each = lambda leaf: jnp.repeat(leaf, classes, axis=0)  # noqa: E731

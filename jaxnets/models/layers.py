@@ -75,8 +75,11 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
     by_columns = partial(_by_columns, strides=strides, padding=padding, precision=precision)
     dense = rhs_dilation == (1, 1)
 
+    def few(lhs, pixels=1):
+        return dense and pixels * lhs.shape[3] <= _FEW_CHANNELS
+
     def of_input(lhs_dot, rhs):
-        if dense and lhs_dot.shape[3] <= _FEW_CHANNELS:
+        if few(lhs_dot):
             return by_columns(lhs_dot, rhs)
         moves: dict[str, Any] = settings
         if dense and strides != (1, 1):
@@ -88,7 +91,7 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
         return lax.conv_general_dilated(lhs_dot, kernel, **moves, dimension_numbers=("NHWC", "HWOI", "NHWC"))
 
     def of_kernel(lhs, rhs_dot):
-        if dense and lhs.shape[3] <= _FEW_CHANNELS:
+        if few(lhs):
             return by_columns(lhs, rhs_dot)
         # Its transpose convolves the input with the output's cotangent, batch and features swapped: from here to
         # NHWC, HWIO -> NHWC.
@@ -99,7 +102,7 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
 
     @jax.custom_jvp
     def convolve(lhs, rhs):
-        if dense and strides != (1, 1) and strides[0] * strides[1] * lhs.shape[3] <= _FEW_CHANNELS:
+        if strides != (1, 1) and few(lhs, strides[0] * strides[1]):
             return by_columns(lhs, rhs)
         return forward(lhs, rhs, dimension_numbers=_NHWC)
 

@@ -9,7 +9,7 @@ from jaxnets.types import Array
 def check_classes(target: Array, name: str) -> None:
     """Raises ValueError unless ``target`` holds one class a row."""
     if target.ndim != 1 or not jnp.issubdtype(target.dtype, jnp.integer):
-        raise ValueError(f"{name} takes integer classes [B] as target, got {target.dtype}{list(target.shape)}")
+        raise ValueError(f"{name} needs integer classes [B] as target, got {target.dtype}{list(target.shape)}")
 
 
 def likeliest_others(logits: Array, target: Array, classes: int | None = None) -> Array:
