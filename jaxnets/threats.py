@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnets.folds import largest, total
 from jaxnets.types import Array
 
 T = TypeVar("T")
@@ -120,7 +121,7 @@ class Linf:
         return jnp.sign(_inward(gradient, x, self))
 
     def size(self, delta: Array) -> Array:
-        return jnp.max(jnp.abs(delta))
+        return largest(jnp.abs(delta))
 
 
 @_pytree
@@ -140,12 +141,15 @@ class L2:
         """``x + clip(s (z - x))`` to the box, with the largest ``s <= 1`` that stays in the ball."""
         offset, room = z - x, _room(z, x, self)
         distance = jnp.abs(offset)
-        near = _bisect(lambda s: _length(jnp.minimum(s * distance, room)) <= self.epsilon, jnp.ones((), x.dtype))
+        # In units of epsilon squares neither underflow nor overflow where that would matter.
+        unit = jnp.where(self.epsilon > 0, self.epsilon, 1).astype(x.dtype)
+        far, wide = distance / unit, room / unit
+        near = _bisect(lambda s: total(jnp.minimum(s * far, wide) ** 2) <= (self.epsilon > 0), jnp.ones((), x.dtype))
         # With the coordinates that meet the box known, the scale of the others has a closed form.
         moving = near * distance < room
-        left = self.epsilon**2 - jnp.sum(jnp.where(moving, 0, room**2))
-        total = jnp.sum(jnp.where(moving, distance**2, 0))
-        scale = _root(jnp.maximum(left, 0) / jnp.where(total > 0, total, 1))
+        left = self.epsilon**2 - total(jnp.where(moving, 0, room**2))
+        rest = total(jnp.where(moving, distance**2, 0))
+        scale = _root(jnp.maximum(left, 0) / jnp.where(rest > 0, rest, 1))
         return _finish(jnp.clip(scale * offset, -room, room), z, x, self, power=2)
 
     def sample(self, key: Array, x: Array) -> Array:
@@ -183,14 +187,14 @@ class L1:
         offset, room = z - x, _room(z, x, self)
         distance = jnp.abs(offset)
         # Searched from above: t = (1 - s) max |d|, so that the largest s is the least threshold.
-        largest = jnp.max(distance)
-        fits = lambda s: jnp.sum(jnp.clip(distance - (largest - s), 0, room)) <= self.epsilon  # noqa: E731
-        near = largest - _bisect(fits, largest)
+        most = largest(distance)
+        fits = lambda s: total(jnp.clip(distance - (most - s), 0, room)) <= self.epsilon  # noqa: E731
+        near = most - _bisect(fits, most)
         # With the coordinates known that are zero or meet the box, the threshold of the others has a closed form.
         moving = (distance > near) & (distance - near < room)
-        fixed = jnp.sum(jnp.where((distance > near) & ~moving, room, 0))
-        count = jnp.sum(moving)
-        exact = (jnp.sum(jnp.where(moving, distance, 0)) + fixed - self.epsilon) / jnp.maximum(count, 1)
+        fixed = total(jnp.where((distance > near) & ~moving, room, 0))
+        count = jnp.sum(moving, dtype=jnp.int32)
+        exact = (total(jnp.where(moving, distance, 0)) + fixed - self.epsilon) / jnp.maximum(count, 1)
         threshold = jnp.where(count > 0, exact, near)
         return _finish(jnp.sign(offset) * jnp.clip(distance - threshold, 0, room), z, x, self, power=1)
 
@@ -209,7 +213,7 @@ class L1:
         return jnp.sign(gradient) * chosen.reshape(gradient.shape)
 
     def size(self, delta: Array) -> Array:
-        return jnp.sum(jnp.abs(delta))
+        return total(jnp.abs(delta))
 
 
 @_pytree
@@ -387,14 +391,14 @@ def _root(square: Array) -> Array:
 
 def _length(delta: Array) -> Array:
     """Euclidean norm at any scale, with gradient zero at zero."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(delta)))
-    scale = jnp.where(largest > 0, largest, 1)
-    return scale * _root(jnp.sum((delta / scale) ** 2))
+    most = jax.lax.stop_gradient(largest(jnp.abs(delta)))
+    scale = jnp.where(most > 0, most, 1)
+    return scale * _root(total((delta / scale) ** 2))
 
 
 def _unit(gradient: Array) -> Array:
     """``g / |g|`` at any scale of ``g``, zero where ``g`` is zero: scaled first, a tiny gradient does not underflow."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(gradient)))
-    scaled = gradient / jnp.where(largest > 0, largest, 1)
-    length = _root(jnp.sum(scaled**2))
+    most = jax.lax.stop_gradient(largest(jnp.abs(gradient)))
+    scaled = gradient / jnp.where(most > 0, most, 1)
+    length = _root(total(scaled**2))
     return scaled / jnp.where(length > 0, length, 1)
