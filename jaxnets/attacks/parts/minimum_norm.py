@@ -3,13 +3,17 @@
 Of a model that draws they keep the smallest perturbation that succeeded in the draw in which it was looked at.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxnets.attacks.parts.ranking import Nearest, nearer
 from jaxnets.threats import L2, Threat, each_row, sizes
 from jaxnets.types import Array
+
+_HALVINGS = 10
 
 
 def box_width(name: str, threat: Threat, unless: str) -> float:
@@ -63,3 +67,29 @@ def largest_sizes(threat: Threat, x: Array) -> Array:
     """The size of the largest perturbation that the box allows each row, ``[B]``."""
     furthest = jnp.maximum(x - threat.lower, threat.upper - x)
     return sizes(threat, furthest, jnp.zeros_like(x))
+
+
+def shortened(
+    best: Nearest, x: Array, succeeds: Callable[[Array, Array], Array], distance: Callable[[Array], Array]
+) -> Nearest:
+    """The nearest success that bisection meets on the segment from each clean row to the one found.
+
+    Args:
+      best: what was found so far.
+      x: clean rows ``[B, ...]``.
+      succeeds: ``(number of the halving, points[B, ...]) -> bool[B]``; one forward pass each.
+      distance: ``points -> [B]`` from the clean rows.
+    """
+    # A row for which nothing was found has nothing to shorten.
+    far, some = best.x, jnp.isfinite(best.size)
+
+    def halve(halving, carry):
+        low, high, best = carry
+        middle = (low + high) / 2
+        point = x + spread(middle, x) * (far - x)
+        success = succeeds(halving, point)
+        best = nearer(best, point, success & some, distance(point))
+        return jnp.where(success, low, middle), jnp.where(success, middle, high), best
+
+    bracket = jnp.zeros(len(x), x.dtype), jnp.ones(len(x), x.dtype)
+    return jax.lax.fori_loop(0, _HALVINGS, halve, (*bracket, best))[2]

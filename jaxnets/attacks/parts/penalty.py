@@ -15,13 +15,12 @@ from jax.tree_util import Partial
 
 from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
 from jaxnets.attacks.parts.derivatives import input_gradient
-from jaxnets.attacks.parts.ranking import Nearest, nearer, nothing_found, within
+from jaxnets.attacks.parts.minimum_norm import shortened
+from jaxnets.attacks.parts.ranking import nearer, nothing_found, within
 from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import cross_entropy, succeeded, targeted
 from jaxnets.threats import Threat, check_one_a_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss
-
-_HALVINGS = 10
 
 
 class Minimiser(NamedTuple):
@@ -214,26 +213,13 @@ def _run(key, logits_fn, x, target, threat, minimiser, search, loss, distance, c
     # A row whose goal is reached at x is through: what it does from here on is not looked at.
     working = lambda carry: jnp.any(~jax.vmap(search.done)(carry[2].setting) & ~success)  # noqa: E731
     number, best, _ = jax.lax.while_loop(working, descend, (jnp.int32(1), best, rows))
-    best = _shortened(look, logits_fn, keys, number, x, best)
-    return within(best._replace(size=sizes(threat, best.x, x).astype(dtype)), threat, x)
 
-
-def _shortened(look, logits_fn: LogitsFn, keys: Array, number: Array, x: Array, best: Nearest) -> Nearest:
-    """The nearest success that bisection meets on the segment from the clean row to the one found."""
-    far, a_row = best.x, (-1, *[1] * (x.ndim - 1))
-    # A row for which nothing was found has nothing to shorten.
-    some = jnp.isfinite(best.size)
-
-    def halve(halving, carry):
-        low, high, best = carry
-        middle = (low + high) / 2
-        point = x + middle.reshape(a_row) * (far - x)
+    def succeeds(halving, point):
         logits = checked_logits(redrawn(logits_fn, keys, number + halving)(point), x)
-        best, success = look(logits, point, best, some)
-        return jnp.where(success, low, middle), jnp.where(success, middle, high), best
+        return reached(logits, target, loss, confidence)
 
-    bracket = jnp.zeros(len(x), x.dtype), jnp.ones(len(x), x.dtype)
-    return jax.lax.fori_loop(0, _HALVINGS, halve, (*bracket, best))[2]
+    best = shortened(best, x, succeeds, lambda point: jax.vmap(distance)(point - x))
+    return within(best._replace(size=sizes(threat, best.x, x).astype(dtype)), threat, x)
 
 
 def _first(threat: Threat, minimiser: Minimiser, search: Search, dtype: Any, x: Array) -> Row:
