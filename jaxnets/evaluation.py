@@ -79,7 +79,7 @@ def evaluate(
     attacks: Mapping[str, Attack],
     *,
     threat: Threat,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     mesh: Mesh | None = None,
     on_batch: Callable[[str, int], None] = lambda name, rows: None,
 ) -> Report:
@@ -96,7 +96,7 @@ def evaluate(
       y: classes ``[N]``.
       attacks: by name, untargeted.
       threat: what the attacks were allowed: their results are checked against it.
-      batch_size: rows attacked at once; rounded up to a multiple of the devices.
+      batch_size: rows attacked at once, rounded up to a multiple of the devices; `parallel.rows_at_once` unless given.
       mesh: devices; all of them unless given.
       on_batch: told the attack's name and how many rows were done, after each batch.
 

@@ -57,7 +57,7 @@ def transferability(
     attacks: Mapping[str, Attack],
     *,
     threat: Threat,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     mesh: Mesh | None = None,
     on_batch: Callable[[str, str, int], None] = lambda attack, surrogate, rows: None,
 ) -> Transfer:
@@ -75,7 +75,7 @@ def transferability(
       y: classes ``[N]``.
       attacks: by name, untargeted.
       threat: what the attacks were allowed.
-      batch_size: rows at once; rounded up to a multiple of the devices.
+      batch_size: rows at once, rounded up to a multiple of the devices; `parallel.rows_at_once` unless given.
       mesh: devices; all of them unless given.
       on_batch: told the attack's name, the surrogate's, and how many rows were done, after each batch.
 

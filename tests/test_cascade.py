@@ -9,7 +9,7 @@ import pytest
 
 import jaxnets as jn
 from jaxnets.attacks.cascade import cascade
-from jaxnets.attacks.parts.on_host import attack_rows, host_keys
+from jaxnets.attacks.parts.on_host import _batches, attack_rows, host_keys
 from jaxnets.attacks.parts.queries import Queried, counts_queries
 
 KEY = jax.random.key(0)
@@ -58,6 +58,18 @@ def test_few_sizes_of_batches():
     seen = []
     cascade({"a": breaks(0, 17, seen), "b": breaks(0, 43, seen)}, batch_size=32).run(KEY, model, *rows())
     assert {size for size, _ in seen} <= {32, 8}
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.parametrize("n", [0, 1, 5, 22, 40, 64, 65, 150])
+def test_batches_have_every_row_once_in_two_sizes_and_little_padding(n, batch_size, devices):
+    batches = list(_batches(n, batch_size, devices))
+    np.testing.assert_array_equal(np.concatenate([rows[:valid] for rows, valid in batches] or [[]]), np.arange(n))
+    sizes = [len(rows) for rows, _ in batches]
+    assert len(set(sizes)) <= 2
+    assert all(size % devices == 0 for size in sizes)
+    assert sum(sizes) <= n + max(n % sizes[0], sizes[-1] - 1) if n else not sizes
 
 
 def test_the_call_is_the_run_and_wrong_rows_stay_as_they_are():

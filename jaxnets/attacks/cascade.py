@@ -41,7 +41,7 @@ class Cascade:
     """
 
     attacks: Mapping[str, Attack]
-    batch_size: int
+    batch_size: int | None = None
 
     def __call__(self, key: Array, logits_fn: LogitsFn, x: Array, target: Array, /) -> Array:
         if isinstance(x, Tracer):
@@ -100,4 +100,4 @@ def cascade(attacks: Mapping[str, Attack], *, batch_size: int | None = None) -> 
     """
     if not attacks:
         raise ValueError("cascade takes at least one attack, got none")
-    return Cascade(dict(attacks), batch_size or parallel.rows_at_once())
+    return Cascade(dict(attacks), batch_size)

@@ -51,14 +51,14 @@ def attack_rows(
     target: np.ndarray,
     *,
     number: int = 0,
-    batch_size: int,
+    batch_size: int | None,
     mesh: Mesh,
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Attacked:
     """Runs an attack on all rows, ``batch_size`` at once, and classifies what it returns.
 
-    The last rows come in smaller batches, of a quarter or a sixteenth of the size, so that few rows are padding and
-    an attack is compiled for three sizes at most.
+    What is left at the end comes in batches of one smaller size, a quarter or a sixteenth, where a whole one would be
+    mostly padding: an attack is compiled for at most two sizes, and in all calls together for three.
 
     Args:
       attack: None for none.
@@ -67,7 +67,7 @@ def attack_rows(
       logits_fn: ``x[B, ...] -> logits[B, K]``.
       x: rows ``[N, ...]``.
       target: classes ``[N]``.
-      batch_size: rows at once; rounded up to a multiple of the devices.
+      batch_size: rows at once, rounded up to a multiple of the devices; `parallel.rows_at_once` if None.
       mesh: of devices.
       on_rows: told how many rows were done, after each batch.
     """
@@ -75,7 +75,7 @@ def attack_rows(
     logits_fn = parallel.replicate(as_pytree(logits_fn), mesh)
     found, correct = np.array(x), np.zeros(len(x), bool)
     queries = np.zeros(len(x), np.int64) if counting else None
-    for rows, valid in _batches(len(x), batch_size, mesh.size):
+    for rows, valid in _batches(len(x), batch_size or parallel.rows_at_once(), mesh.size):
         x_batch, target_batch, data = jax.device_put((x[rows], target[rows], keys.data[rows]), sharding)
         keys_batch = _wrap(data, number, impl=keys.impl)
         if counting:
@@ -90,20 +90,17 @@ def attack_rows(
 
 
 def _batches(n: int, batch_size: int, devices: int) -> Iterator[tuple[np.ndarray, int]]:
-    """``(rows, valid)``: as `data.padded_batches`, with smaller batches where they mean less padding.
+    """``(rows, valid)``: as `data.padded_batches`, with smaller batches at the end where one would be mostly padding.
 
     >>> [(len(rows), valid) for rows, valid in _batches(79, 32, 1)]
     [(32, 32), (32, 32), (8, 8), (8, 7)]
     """
     sizes = [-(-size // devices) * devices for size in (batch_size, batch_size // 4, batch_size // 16) if size]
-    start = 0
-    while start < n:
-        left = n - start
-        # The smallest size that holds what is left, unless at most half of it would be rows.
-        holding = [size for size in sizes if left <= size < 2 * left]
-        size = holding[-1] if holding else next((size for size in sizes if size <= left), sizes[-1])
-        yield np.minimum(np.arange(start, start + size), n - 1), min(size, left)
-        start += size
+    tail = n % sizes[0]
+    last = next((size for size in sizes if -tail % size <= tail), sizes[-1])
+    whole = [(start, sizes[0]) for start in range(0, n - tail, sizes[0])]
+    for start, size in [*whole, *((start, last) for start in range(n - tail, n, last))]:
+        yield np.minimum(np.arange(start, start + size), n - 1), min(size, n - start)
 
 
 @partial(jax.jit, static_argnames="impl")
