@@ -28,6 +28,8 @@ class Pair(NamedTuple):
     foolbox: Callable[[Any], Any]
     threat: Any
     epsilon: float | None = None
+    starts: int = 1
+    """How often an attack with a random start is run; its survivors and norms are means."""
 
 
 def _pairs(steps: int) -> dict[str, Pair]:
@@ -38,12 +40,14 @@ def _pairs(steps: int) -> dict[str, Pair]:
             lambda fb: fb.LinfPGD(rel_stepsize=2.5 / steps, steps=steps),
             jn.Linf(0.3),
             0.3,
+            starts=8,
         ),
         "pgd, L2": Pair(
             partial(attacks.pgd, steps=steps),
             lambda fb: fb.L2PGD(rel_stepsize=2.5 / steps, steps=steps),
             jn.L2(2.0),
             2.0,
+            starts=8,
         ),
         "ddn": Pair(partial(attacks.ddn, steps=steps), lambda fb: fb.DDNAttack(steps=steps), jn.L2(free)),
         "fmn, Linf": Pair(partial(attacks.fmn, steps=steps), lambda fb: fb.LInfFMNAttack(steps=steps), jn.Linf(free)),
@@ -57,8 +61,8 @@ def _pairs(steps: int) -> dict[str, Pair]:
             partial(attacks.deepfool, steps=50), lambda fb: fb.L2DeepFoolAttack(steps=50), jn.L2(free)
         ),
         "carlini_wagner": Pair(
-            partial(attacks.carlini_wagner, steps=steps, rounds=6, initial_const=0.01),
-            lambda fb: fb.L2CarliniWagnerAttack(binary_search_steps=6, steps=steps, initial_const=0.01),
+            partial(attacks.carlini_wagner, steps=10 * steps, rounds=9, initial_const=0.01),
+            lambda fb: fb.L2CarliniWagnerAttack(binary_search_steps=9, steps=10 * steps, initial_const=0.01),
             jn.L2(free),
         ),
     }
@@ -91,13 +95,30 @@ def main(settings: Settings) -> dict[str, dict[str, tuple[float, float]]]:
     for name, pair in _pairs(settings.steps).items():
         if settings.only and name not in settings.only:
             continue
-        attack = pair.foolbox(foolbox.attacks)
-        theirs = attack(judged, x, foolbox.criteria.Misclassification(y), epsilons=pair.epsilon)[1]
-        ours = pair.ours(jax.random.key(0), model, x, y, threat=pair.threat)
-        found[name] = {"ours": _judge(model, pair, x, y, ours), "foolbox": _judge(model, pair, x, y, theirs)}
+        ours = partial(_ours, pair, model, x, y)
+        theirs = partial(_theirs, pair, foolbox, judged, x, y)
+        found[name] = {
+            side: _mean([_judge(model, pair, x, y, attack(start)) for start in range(pair.starts)])
+            for side, attack in (("ours", ours), ("foolbox", theirs))
+        }
         (left, size), (their_left, their_size) = found[name].values()
         print(f"{name:18}{left:26.1%}{their_left:8.1%}{size:24.4g}{their_size:9.4g}", flush=True)
     return found
+
+
+def _ours(pair: Pair, model: Any, x: jax.Array, y: jax.Array, start: int) -> jax.Array:
+    return pair.ours(jax.random.key(start), model, x, y, threat=pair.threat)
+
+
+def _theirs(pair: Pair, foolbox: Any, model: Any, x: jax.Array, y: jax.Array, start: int) -> jax.Array:
+    # It draws on from where the call before has left its generator.
+    goal = foolbox.criteria.Misclassification(y)
+    return pair.foolbox(foolbox.attacks)(model, x, goal, epsilons=pair.epsilon)[1]
+
+
+def _mean(judged: list[tuple[float, float]]) -> tuple[float, float]:
+    left, size = np.mean(judged, axis=0)
+    return float(left), float(size)
 
 
 def _judge(model: Any, pair: Pair, x: jax.Array, y: jax.Array, x_adv: Any) -> tuple[float, float]:
