@@ -58,10 +58,14 @@ class Report(NamedTuple):
         width = max(14, *(len(name) for name in self.norms))
         return "\n".join([" " * width + heads, *(f"{name:{width}}" + self._cost(name) for name in self.norms)])
 
-    def _cost(self, name: str) -> str:
+    def norm_mean_and_median(self, name: str) -> tuple[float, float]:
+        """The mean over the rows that the attack broke, NaN where there are none; the median over all right rows."""
         sizes = self.norms[name][self.survived["clean"]]
         broken = sizes[np.isfinite(sizes)]
-        mean, median = (np.mean(broken), np.median(sizes)) if len(broken) else (np.nan, np.inf)
+        return (float(np.mean(broken)), float(np.median(sizes))) if len(broken) else (np.nan, np.inf)
+
+    def _cost(self, name: str) -> str:
+        mean, median = self.norm_mean_and_median(name)
         queries = self.queries.get(name, np.zeros(0))
         asked = queries[queries > 0]
         counts = f"{asked.mean():15.0f}{np.median(asked):9.0f}" if len(asked) else f"{'-':>15}{'-':>9}"
@@ -102,11 +106,16 @@ def evaluate(
 
     Raises:
       InvalidExample: where a result is not finite, or outside the box or the ball.
-      ValueError: without rows, or where ``x`` and ``y`` do not fit.
+      ValueError: without rows, where ``x`` and ``y`` do not fit, or ``x`` is not finite and inside the box.
     """
     if len(x) != len(y) or not len(x):
         raise ValueError(
             f"evaluate needs as many classes as rows, and at least one: got {len(x)} rows, {len(y)} classes"
+        )
+    if not ((x >= threat.lower) & (x <= threat.upper)).all():
+        raise ValueError(
+            f"evaluate takes rows inside the threat's box [{threat.lower}, {threat.upper}], got values from "
+            f"{np.min(x)} to {np.max(x)}: scale the data, or give the threat its lower and upper"
         )
     mesh = parallel.data_mesh() if mesh is None else mesh
     keys = host_keys(key, len(x))
@@ -175,7 +184,10 @@ def robustness_curve(
 
     Raises:
       InvalidExample: as `evaluate` does.
+      ValueError: where epsilons do not rise.
     """
+    if not (np.diff(epsilons) > 0).all():
+        raise ValueError(f"robustness_curve takes rising epsilons, got {epsilons}")
     found, correct = _sweep(
         Partial(attack), key, as_pytree(logits_fn), jnp.asarray(x), y, threat, jnp.asarray(epsilons)
     )

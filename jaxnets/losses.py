@@ -5,7 +5,6 @@ a distribution ``[..., K]`` (mixed or smoothed labels) and `kl` takes the logits
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -156,9 +155,9 @@ def succeeded(loss: Loss, logits: Array, target: Array) -> Array:
 
 
 def is_targeted(loss: Loss | None) -> bool:
-    """Whether a loss is one of `targeted`, however often wrapped by `functools.partial`."""
-    while isinstance(loss, partial):
-        loss = loss.func
+    """Whether a loss is one of `targeted`, however often wrapped by `functools.partial` or JAX's `Partial`."""
+    while hasattr(loss, "func"):
+        loss = loss.func  # pyright: ignore
     return isinstance(loss, Targeted)
 
 

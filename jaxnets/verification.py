@@ -4,6 +4,7 @@ A file of examples can be checked long after, by someone who trusts nothing but 
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ def norms(threat: Threat, x_adv: np.ndarray, x: np.ndarray) -> np.ndarray:
     delta = np.asarray(x_adv, np.float64) - np.asarray(x, np.float64)
     if isinstance(threat, Masked):
         delta = np.where(threat.mask.values | (delta == 0), delta, np.inf)
-    return _NORMS[type(threat)](delta.reshape(len(x), -1))
+    return _NORMS[type(threat)](_flat(delta))
 
 
 def verify(name: str, x_adv: np.ndarray, x: np.ndarray, threat: Threat) -> None:
@@ -43,11 +44,11 @@ def verify(name: str, x_adv: np.ndarray, x: np.ndarray, threat: Threat) -> None:
     """
     size, epsilon = norms(threat, x_adv, x), float(threat.epsilon)
     x_adv = np.asarray(x_adv, np.float64)
-    outside = np.maximum(x_adv - threat.upper, threat.lower - x_adv).reshape(len(x), -1).max(axis=1, initial=-np.inf)
+    outside = _flat(np.maximum(x_adv - threat.upper, threat.lower - x_adv)).max(axis=1, initial=-np.inf)
     width, room = 1e-6 * max(1.0, abs(threat.lower), abs(threat.upper)), epsilon + 1e-6 * max(1.0, epsilon)
     largest = np.max(size, initial=0.0)
     for bad, what in [
-        (~np.isfinite(x_adv).reshape(len(x), -1).all(axis=1), "is not finite"),
+        (~_flat(np.isfinite(x_adv)).all(axis=1), "is not finite"),
         (outside > width, f"leaves the box [{threat.lower}, {threat.upper}]"),
         (size > room, f"leaves the ball: the largest perturbation is {largest:.8g} in {threat}"),
     ]:
@@ -57,6 +58,11 @@ def verify(name: str, x_adv: np.ndarray, x: np.ndarray, threat: Threat) -> None:
                 f"attack {name!r}: {len(rows)} of {len(x)} examples are not allowed: row {rows[0]} {what}. "
                 "Nothing is reported; mend the attack"
             )
+
+
+def _flat(rows: np.ndarray) -> np.ndarray:
+    """``[N, ...]`` as ``[N, D]``, for no rows too."""
+    return rows.reshape(len(rows), math.prod(rows.shape[1:]))
 
 
 def accuracy_interval(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:

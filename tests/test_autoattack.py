@@ -12,6 +12,7 @@ from references import assert_inside
 import jaxnets as jn
 from jaxnets.attacks.autoattack import autoattack, averaged_over, plus, rand, standard
 from jaxnets.attacks.checks import ModelWarning, black_box_wins, check_model
+from jaxnets.attacks.parts.calling import row_keys
 from jaxnets.attacks.parts.stochastic import Stochastic
 
 KEY = jax.random.key(0)
@@ -178,3 +179,34 @@ def test_a_sound_model_is_attacked_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         autoattack(KEY, model, x, jnp.argmax(model(x), -1), threat=jn.Linf(0.05), version=tiny)
+
+
+def test_more_rows_than_the_model_is_checked_on_may_bring_their_keys():
+    x = images(501)
+    fgsm_alone = lambda threat, classes: {"fgsm": partial(jn.attacks.fgsm, threat=threat)}  # noqa: E731
+    y = jnp.argmax(linear()(x), axis=1)
+    found = autoattack(row_keys(KEY, 501), linear(), x, y, threat=jn.Linf(0.1), version=fgsm_alone)
+    assert (found != x).any()
+
+
+def test_a_random_model_under_rand_raises_no_doubt_of_drawing(recwarn):
+    x = images(4)
+    y = jnp.argmax(linear()(x), axis=1)
+    found = autoattack(KEY, Stochastic(noisy, KEY), x, y, threat=jn.Linf(0.1), version=rand)
+    assert jnp.abs(found - x).max() <= 0.1 + 1e-6
+    assert not [warning for warning in recwarn if "the model draws" in str(warning.message)]
+    with pytest.warns(ModelWarning, match="the model draws"):
+        autoattack(KEY, fickle, x, y, threat=jn.Linf(0.1), version=rand)
+
+
+def test_a_suite_is_made_once_for_an_epsilon():
+    made = []
+
+    def version(threat, classes):
+        made.append(threat)
+        return {"fgsm": partial(jn.attacks.fgsm, threat=threat)}
+
+    x = images(4)
+    for epsilon in (0.1, 0.1, 0.2, jnp.float32(0.1)):
+        autoattack(KEY, linear(), x, jnp.zeros(4, jnp.int32), threat=jn.Linf(epsilon), version=version)
+    assert [float(threat.epsilon) for threat in made] == [0.1, 0.2, pytest.approx(0.1)]

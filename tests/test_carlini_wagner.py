@@ -11,6 +11,7 @@ import jaxnets as jn
 from jaxnets.attacks.carlini_wagner import carlini_wagner, shrinking_cap
 from jaxnets.attacks.parts.calling import row_keys
 from jaxnets.attacks.parts.penalty import binary_search
+from jaxnets.attacks.parts.stochastic import Stochastic
 
 KEY = jax.random.key(0)
 margin, targeted = jn.losses.margin, jn.losses.targeted
@@ -207,3 +208,14 @@ def test_a_loss_without_a_sign_is_refused(loss):
     x, y = jnp.full((2, 3), 0.5), jnp.zeros(2, int)
     with pytest.raises(ValueError, match="margin or targeted"):
         jn.attacks.carlini_wagner(jax.random.key(0), lambda x: x, x, y, threat=jn.L2(1.0), loss=loss)
+
+
+def test_a_row_of_a_random_model_does_not_see_its_batch():
+    x, y, logits_fn = curved()
+    noisy = Stochastic(Partial(lambda f, key, x: f(x) + 0.1 * jax.random.normal(key, (len(x), 4)), logits_fn), KEY)
+    keys = row_keys(KEY, 8)
+    whole = carlini_wagner(keys, noisy, x, y, threat=L2, **SHORT)
+    for row in range(3):
+        alone = slice(row, row + 1)
+        found = carlini_wagner(keys[alone], noisy, x[alone], y[alone], threat=L2, **SHORT)
+        np.testing.assert_allclose(found, whole[alone], atol=1e-5)

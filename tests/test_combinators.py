@@ -171,3 +171,14 @@ def test_eight_bits_keep_the_count_of_queries():
     attack = partial(jn.attacks.nes, threat=jn.Linf(0.1), samples=4, queries=30, sigma=0.1, step_size=0.05)
     expected = jn.attacks.with_queries(attack)(KEY, logits_fn, x, y).queries
     np.testing.assert_array_equal(jn.attacks.with_queries(eight_bit(attack))(KEY, logits_fn, x, y).queries, expected)
+
+
+@pytest.mark.parametrize("wrap", [eight_bit, lambda attack: jax.jit(attack, static_argnums=1), Partial])
+def test_a_wrapped_attack_keeps_its_goal(wrap):
+    logits_fn, x, y = bumpy()
+    attack = partial(jn.attacks.pgd, threat=jn.Linf(0.05), steps=2, loss=jn.losses.targeted(jn.losses.cross_entropy))
+    combined = restarts(wrap(attack), 3)
+    assert jn.losses.is_targeted(combined.loss)
+    wanted = (y + 1) % 4
+    np.testing.assert_allclose(restarts(wrap(attack), 3, loss=jn.losses.targeted(margin))(KEY, logits_fn, x, wanted),
+                               combined(KEY, logits_fn, x, wanted))  # fmt: skip

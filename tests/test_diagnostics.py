@@ -1,5 +1,7 @@
 """Every sign of masked gradients on a model that has it."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from test_autoattack import CLASSES, images, linear
 
 import jaxnets as jn
-from jaxnets.diagnostics import MaskedGradients, masked_gradients
+from jaxnets.diagnostics import MaskedGradients, _whole_box, masked_gradients
+from jaxnets.threats import L0, Masked
 
 KEY = jax.random.key(0)
 
@@ -50,12 +53,12 @@ def test_a_transferred_attack_stands_for_the_black_box():
     assert found.black_box["transfer"] > 0.1
 
 
-SOUND = MaskedGradients(0.0, 0.9, 0.5, 0.4, {"square": 0.0}, 0.0, 0.1)
+SOUND = MaskedGradients(0.0, 0.9, 0.5, 0.5, 0.4, {"square": 0.0}, 0.0, 0.1)
 
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"zero_gradients": 0.1}, "zero gradients at 10.0%"),
-    ({"one_step": 0.95, "many_steps": 0.4}, "label leaking"),
+    ({"leaking": 0.95, "many_steps": 0.4}, "label leaking"),
     ({"many_steps": 0.6}, "one step beats many"),
     ({"unbounded": 0.11}, "more than chance"),
     ({"black_box": {"square": 0.02}}, "square, without gradients"),
@@ -64,3 +67,28 @@ def test_each_sign(change, said):
     assert SOUND.signs() == []
     (sign,) = SOUND._replace(**change).signs()
     assert said in sign
+
+
+def test_an_attack_that_tells_the_class_shows():
+    """FGSM at the wrong rows goes where the model knows the right class, and nowhere else does it."""
+
+    def leaky(x):
+        value = x.reshape(-1, 1)
+        told = jnp.where(value > 0.58, 1.0, -0.05 - 0.1 * (value - 0.5))
+        return jnp.concatenate([jnp.zeros_like(told), told], axis=1)
+
+    x, y = np.full((10, 1, 1, 1), 0.5, np.float32), np.arange(10) % 5 // 4
+    found = masked_gradients(KEY, leaky, x, y, threat=jn.Linf(0.1), steps=5)
+    assert (found.clean, found.leaking) == (0.8, 1.0)
+    assert any("label leaking" in sign for sign in found.signs())
+
+
+def test_the_whole_box_of_a_threat():
+    x = np.zeros((2, 3, 1), np.float32)
+    mask = np.array([[True], [False], [True]])
+    for threat, epsilon in [
+        (jn.Linf(0.1), 1.0), (jn.L2(0.1), 3**0.5), (jn.L1(0.1, top=2), 3.0), (L0(1), 3.0), (Masked(mask, 0.1), 1.0)
+    ]:  # fmt: skip
+        whole = _whole_box(threat, x)
+        np.testing.assert_allclose(whole.epsilon, epsilon, rtol=1e-6)
+        assert replace(whole, epsilon=threat.epsilon) == threat

@@ -138,3 +138,34 @@ def test_rows_that_do_not_fit_are_refused(rows):
         evaluate(KEY, model, x, y[:-1], {}, threat=THREAT)
     with pytest.raises(ValueError, match="at least one"):
         evaluate(KEY, model, x[:0], y[:0], {}, threat=THREAT)
+
+
+def test_an_attack_may_come_jitted(rows):
+    x, y = rows
+    jitted = jax.jit(FGSM, static_argnums=1)
+    for attack in (jitted, jn.attacks.restarts(jitted, 2)):
+        report = evaluate(KEY, model, x, y, {"fgsm": attack, "plain": FGSM}, threat=THREAT, batch_size=2)
+        np.testing.assert_array_equal(report.survived["fgsm"], report.survived["plain"])
+        assert not report.queries
+
+
+def test_a_model_that_is_wrong_everywhere_is_reported(rows):
+    x = rows[0]
+    wrong = np.asarray(jnp.argmin(model(x), axis=1))
+    report = evaluate(KEY, model, x, wrong, {"fgsm": FGSM}, threat=THREAT)
+    assert set(report.accuracies().values()) == {0.0}
+    np.testing.assert_array_equal(report.examples["fgsm"], x)
+    assert "fgsm" in report.costs()
+
+
+@pytest.mark.parametrize("bad", [2.0, -0.5, np.nan])
+def test_rows_outside_the_box_are_refused(rows, bad):
+    x, y = rows
+    x = np.where(np.arange(len(x))[:, None] == 7, np.float32(bad), x)
+    with pytest.raises(ValueError, match=r"inside the threat's box \[0.0, 1.0\], got values from"):
+        evaluate(KEY, model, x, y, {"fgsm": FGSM}, threat=THREAT)
+
+
+def test_epsilons_of_a_curve_must_rise(rows):
+    with pytest.raises(ValueError, match="rising epsilons"):
+        robustness_curve(KEY, model, *rows, jn.attacks.fgsm, threat=THREAT, epsilons=np.array([0.1, 0.0]))

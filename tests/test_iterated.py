@@ -136,3 +136,9 @@ def test_success_is_any_wrong_class():
     two = lambda x: jnp.concatenate([x, 1 - x], axis=1)  # noqa: E731
     wrong = iterated.iterated_least_likely_class(KEY, two, jnp.array([[0.4]]), jnp.array([0]), threat=jn.Linf(0.3))
     assert wrong[0, 0] <= 0.4
+
+
+@pytest.mark.parametrize("name", ["bim", "mi_fgsm", "ni_fgsm", "ti_fgsm", "adam_pgd", "di_fgsm"])
+def test_no_steps_are_refused(name):
+    with pytest.raises(ValueError, match="at least one step, got steps=0"):
+        partial(ATTACKS[name], steps=0)(KEY, model(), *images(), threat=jn.Linf(0.1))

@@ -1,6 +1,6 @@
 """Losses: against numpy in double precision, finite differences, and the traps of the literature."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,9 @@ import pytest
 import references
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.tree_util import Partial
 
-from jaxnets.losses import cross_entropy, dlr, kl, margin, succeeded, targeted
+from jaxnets.losses import cross_entropy, dlr, is_targeted, kl, margin, succeeded, targeted
 
 seeds = st.integers(0, 2**32 - 1)
 CLASS_LOSSES = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
@@ -259,3 +260,11 @@ def test_distribution_on_one_class_is_that_class():
 def test_bad_targets_raise(loss, target, words):
     with pytest.raises(ValueError, match=words):
         loss(jnp.zeros((2, 4)), target)
+
+
+def test_a_goal_is_seen_through_partials():
+    wanted = targeted(cross_entropy)
+    for wrapped in (partial(wanted), Partial(wanted), Partial(partial(wanted)), partial(Partial(wanted))):
+        assert is_targeted(wrapped)
+    assert not is_targeted(Partial(partial(margin)))
+    assert not is_targeted(None)

@@ -13,7 +13,7 @@ from jaxnets.attacks.boundary import boundary
 from jaxnets.attacks.bpda import bpda
 from jaxnets.attacks.carlini_wagner import carlini_wagner
 from jaxnets.attacks.cascade import cascade
-from jaxnets.attacks.checks import ModelWarning, check_model
+from jaxnets.attacks.checks import ModelWarning, black_box_wins, check_model
 from jaxnets.attacks.combinators import eight_bit, escalate, restarts, worst_of
 from jaxnets.attacks.ddn import ddn
 from jaxnets.attacks.deepfool import deepfool
@@ -57,7 +57,7 @@ from jaxnets.attacks.universal import apply_universal, universal
 
 __all__ = [
     "ModelWarning", "Placement", "Queried", "Rule", "Stochastic", "adam_pgd", "apgd", "apgd_targeted",
-    "apply_patch", "apply_universal", "at_clean", "autoattack", "bim", "boundary", "bpda", "by_optax",
+    "apply_patch", "apply_universal", "at_clean", "autoattack", "bim", "black_box_wins", "boundary", "bpda", "by_optax",
     "carlini_wagner", "cascade", "check_model", "counts_queries", "ddn", "deepfool", "di_fgsm", "diversified",
     "ead", "eight_bit", "ensemble", "escalate", "fab", "fab_targeted", "fgsm", "fmn", "gaussian_kernel", "halfway",
     "hop_skip_jump", "iterated_least_likely_class", "jsma", "lbfgs", "least_likely_class", "mi_fgsm", "momentum",

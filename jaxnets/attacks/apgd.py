@@ -14,7 +14,7 @@ from jaxnets.attacks.parts.classes import check_classes, likeliest_others
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
 from jaxnets.attacks.parts.start import Start
-from jaxnets.attacks.parts.stochastic import redrawn
+from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
 from jaxnets.losses import cross_entropy, dlr_targeted
 from jaxnets.threats import Threat, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss
@@ -199,7 +199,7 @@ def _phase(schedule: Schedule, number, steps, model, x, x_0, target, threat, los
     nothing = nothing_yet(x)
     top = Point(x_0, jnp.zeros_like(x), nothing.loss)
     x_last, _, top, best = jax.lax.fori_loop(0, steps, ascend, (x_0, state, top, nothing))
-    last = candidate(loss, x_last, checked_logits(model(steps)(x_last), x), target)
+    last = candidate(loss, x_last, expected_logits(model(steps), x_last), target)
     top = _higher(top, Point(x_last, top.gradient, last.loss.astype(top.loss.dtype)))
     return top.x, better(best, last)
 

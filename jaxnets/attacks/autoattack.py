@@ -3,16 +3,17 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 from jax.core import Tracer
 
 from jaxnets.attacks.apgd import apgd, apgd_targeted
-from jaxnets.attacks.cascade import cascade
-from jaxnets.attacks.checks import ModelWarning, black_box_wins, check_model
+from jaxnets.attacks.cascade import Cascade, cascade
+from jaxnets.attacks.checks import DRAWS, ModelWarning, black_box_wins, check_model
 from jaxnets.attacks.combinators import restarts, worst_of
 from jaxnets.attacks.fab import fab, fab_targeted, halfway
+from jaxnets.attacks.parts.calling import row_keys
 from jaxnets.attacks.parts.stochastic import Stochastic
 from jaxnets.attacks.square import square
 from jaxnets.losses import dlr, margin
@@ -96,11 +97,22 @@ def autoattack(
     if isinstance(x, Tracer):
         raise ValueError("autoattack gathers surviving rows on the host: call it outside jit, or use worst_of")
     classes = jax.eval_shape(logits_fn, x).shape[-1]
-    doubts = check_model(key, logits_fn, x[:500], target[:500])
-    done = cascade(version(threat, classes=classes), batch_size=batch_size).run(key, logits_fn, x, target)
+    doubts = check_model(row_keys(key, len(x))[:500], logits_fn, x[:500], target[:500])
+    if version is rand and isinstance(logits_fn, Stochastic):
+        doubts = [doubt for doubt in doubts if doubt != DRAWS]
+    # Made once for an epsilon that compares: what a suite is made of is compiled once then, too.
+    make = _cached_suite if isinstance(threat.epsilon, float | int) else _suite
+    done = make(version, threat, classes, batch_size).run(key, logits_fn, x, target)
     for doubt in [*doubts, *black_box_wins(done.survived)]:
         warnings.warn(doubt, ModelWarning, stacklevel=2)
     return jax.numpy.asarray(done.x)
+
+
+def _suite(version: Version, threat: Threat, classes: int, batch_size: int | None) -> Cascade:
+    return cascade(version(threat, classes=classes), batch_size=batch_size)
+
+
+_cached_suite = lru_cache(maxsize=16)(_suite)
 
 
 def averaged_over(samples: int, attack: Attack) -> Attack:

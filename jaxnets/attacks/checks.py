@@ -17,6 +17,9 @@ BLACK_BOX = "square"
 """The stage of a cascade that takes no gradient."""
 
 
+DRAWS = "the model draws: two calls gave different logits. Make it a Stochastic, and use the version rand"
+
+
 class ModelWarning(UserWarning):
     """The model is such that attacks may be weaker than they seem."""
 
@@ -28,7 +31,7 @@ def check_model(key: Array, logits_fn: LogitsFn, x: Array | np.ndarray, y: Array
     fewer than four classes (which targeted DLR needs).
 
     Args:
-      key: of the draws of a `Stochastic` model.
+      key: of the draws of a `Stochastic` model; one, or one a row ``[B]``.
       logits_fn: ``x[B, ...] -> logits[B, K]``.
       x: clean rows ``[B, ...]``.
       y: their classes ``[B]``.
@@ -40,9 +43,7 @@ def check_model(key: Array, logits_fn: LogitsFn, x: Array | np.ndarray, y: Array
     logits, gradient = map(np.asarray, _look(as_pytree(redrawn(logits_fn, row_keys(key, len(x)), 0)), x, y))
     blind = (gradient == 0).reshape(len(x), -1).all(axis=1).mean()
     doubts = {
-        "the model draws: two calls gave different logits. Make it a Stochastic, and use the version rand": (
-            _draws(key, logits_fn, x)
-        ),
+        DRAWS: _draws(key, logits_fn, x),
         "the model returns probabilities, not logits: gradients vanish where it is sure. Attack what comes before the "
         "softmax": _are_probabilities(logits),
         f"the gradient of the cross-entropy is zero at {blind:.0%} of the rows: white-box attacks may be blind there, "

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxnets.types import Array, Attack, LogitsFn, Loss
 
 
 def worst_of(*attacks: Attack, loss: Loss | None = None, nearest: Threat | None = None) -> Attack:
-    """Runs every attack and keeps, row by row, the point that is worst for the model.
+    """Runs every attack and keeps, row by row, the point that is worst for the model. Queries are not counted.
 
     Args:
       attacks: untargeted all, or targeted all.
@@ -65,7 +65,7 @@ def escalate(
     """Attacks under rising epsilons, each row up to the first at which it breaks, and returns its example from there.
 
     A row that is wrong as it is comes back as it is, and one that no epsilon breaks at its worst point found. A broken
-    row is left alone, and no epsilon is tried once all are broken.
+    row keeps its point, whatever larger epsilons find, and no epsilon is tried once all are broken.
 
     Args:
       attack: ``(key, logits_fn, x, target, *, threat) -> x_adv``, an attack without its threat:
@@ -95,7 +95,8 @@ def eight_bit(attack: Attack) -> Attack:
     """An attack whose examples are whole multiples of 1/255, as image files hold them.
 
     Every coordinate goes from where the attack left it towards the clean row, up to the first multiple; where there is
-    none on the way it stays clean. So no perturbation grows, whatever its norm.
+    none on the way it stays clean. So no perturbation grows, whatever its norm; one that only just succeeds, as those
+    of minimum-norm attacks do, may fail for it.
 
     Args:
       attack: on data in [0, 1]. Its queries are counted as before.
@@ -107,15 +108,17 @@ def eight_bit(attack: Attack) -> Attack:
     [[92 58]]
     """
     counting = with_queries(attack)
-    if counting is None:
-        return lambda key, logits_fn, x, target: _to_eight_bits(attack(key, logits_fn, x, target), x)
 
-    @counts_queries
-    def rounded(key: Array, logits_fn: LogitsFn, x: Array, target: Array) -> Queried:
-        found, queries = counting(key, logits_fn, x, target)
+    @wraps(attack)
+    def rounded(key: Array, logits_fn: LogitsFn, x: Array, target: Array) -> Array:
+        return _to_eight_bits(attack(key, logits_fn, x, target), x)
+
+    @wraps(attack)
+    def rounded_with_queries(key: Array, logits_fn: LogitsFn, x: Array, target: Array) -> Queried:
+        found, queries = counting(key, logits_fn, x, target)  # pyright: ignore
         return Queried(_to_eight_bits(found, x), queries)
 
-    return rounded
+    return rounded if counting is None else counts_queries(rounded_with_queries)
 
 
 @jax.jit
@@ -224,4 +227,7 @@ def _common_goal(attacks) -> Loss:
 
 
 def _loss_of(attack: Attack) -> Loss | None:
-    return getattr(attack, "keywords", {}).get("loss") or getattr(attack, "loss", None)
+    """The loss that an attack was bound to, under `jax.jit` and other wrappers too."""
+    said = getattr(attack, "keywords", {}).get("loss") or getattr(attack, "loss", None)
+    inner = getattr(attack, "__wrapped__", None) or getattr(attack, "func", None)
+    return _loss_of(inner) if said is None and inner is not None else said

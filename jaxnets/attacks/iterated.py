@@ -9,7 +9,7 @@ import optax
 
 from jaxnets.attacks.diversity import diversified
 from jaxnets.attacks.gradient import fgsm, pgd
-from jaxnets.attacks.parts.calling import as_pytree, check_rows
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, check_steps
 from jaxnets.attacks.parts.rules import by_optax, flat_size, gaussian_kernel, momentum, nesterov, normalized, smoothed
 from jaxnets.attacks.parts.start import Start, at_clean, uniform
 from jaxnets.attacks.parts.stochastic import expected_logits
@@ -37,6 +37,7 @@ def bim(
 
     Kurakin et al. 2017, https://arxiv.org/abs/1607.02533.
     """
+    check_steps("bim", steps)
     step_size = 1.25 * threat.epsilon / steps if step_size is None else step_size
     options = {"threat": threat, "steps": steps, "step_size": step_size, "start": at_clean}
     return pgd(key, logits_fn, x, target, loss=loss, **options)
@@ -131,6 +132,7 @@ def mi_fgsm(
     >>> print(mi_fgsm(jax.random.key(0), lambda x: x, x, y, threat=jn.Linf(0.25), steps=4))
     [[0.25 0.75]]
     """
+    check_steps("mi_fgsm", steps)
     step_size = threat.epsilon / steps if step_size is None else step_size
     options = {"threat": threat, "steps": steps, "step_size": step_size, "start": start}
     return pgd(key, logits_fn, x, target, loss=loss, rule=momentum(decay), **options)
@@ -155,6 +157,7 @@ def ni_fgsm(
 
     Lin et al. 2020, https://arxiv.org/abs/1908.06281.
     """
+    check_steps("ni_fgsm", steps)
     step_size = threat.epsilon / steps if step_size is None else step_size
     options = {"threat": threat, "steps": steps, "step_size": step_size, "start": start}
     return pgd(key, logits_fn, x, target, loss=loss, rule=nesterov(decay), **options)
@@ -221,6 +224,7 @@ def ti_fgsm(
     >>> print(m_di_ti(jax.random.key(0), diversified(net), x, y)[0, 4, 4])
     [0.25 0.75]
     """
+    check_steps("ti_fgsm", steps)
     step_size = threat.epsilon / steps if step_size is None else step_size
     rule = smoothed(gaussian_kernel() if kernel is None else kernel, momentum(decay))
     options = {"threat": threat, "steps": steps, "step_size": step_size, "start": start}
@@ -256,6 +260,7 @@ def adam_pgd(
     [[0.4 0.6]]
     """
     check_rows(x, target)
+    check_steps("adam_pgd", steps)
     if step_size is None:
         step_size = 2.5 * threat.epsilon / steps / flat_size(threat, x[0])
     options = {"threat": threat, "steps": steps, "step_size": step_size, "start": start}

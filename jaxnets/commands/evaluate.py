@@ -58,7 +58,7 @@ def evaluate(command: Evaluate) -> None:
     check_at_least(command, steps=1, restarts=1, examples=1)
     if command.epsilon is not None:
         check_at_least(command, epsilon=0)
-    reports, curves = {}, {}
+    reports, curves, numbers = {}, {}, {}
     for folder in command.runs:
         run, model = load(
             folder,
@@ -70,7 +70,13 @@ def evaluate(command: Evaluate) -> None:
         reports[str(folder)] = report = _attack(command, run, model)
         curves[str(folder)] = pgd_curve(run, model)
         print(f"{folder} in {run.threat}: worst case {report.accuracies()['worst case']:.2%}\n{report.costs()}")
-        print(masked_gradients(run.attack_key, model, run.x[:200], run.y[:200], threat=run.threat), flush=True)
+        masked = masked_gradients(run.attack_key, model, run.x[:200], run.y[:200], threat=run.threat)
+        print(masked, flush=True)
+        numbers[str(folder)] = {
+            **as_json(report),
+            "milliseconds a row": {name: 1000 * seconds for name, seconds in report.seconds.items()},
+            "masked gradients": masked._asdict() | {"signs": masked.signs()},
+        }
         if command.save:
             _save(command, folder, run, report)
     columns = [report.with_worst_case() for report in reports.values()]
@@ -78,7 +84,7 @@ def evaluate(command: Evaluate) -> None:
     print(table(rows, list(reports)))
     out = command.out or command.runs[0]
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "evaluation.json", {name: as_json(report) for name, report in reports.items()})
+    write_json(out / "evaluation.json", numbers)
     plots.accuracy_against_epsilon(out / "evaluation.png", curves, xlabel="epsilon")
     print(f"written: {out}/evaluation.json, evaluation.png")
 
@@ -89,7 +95,13 @@ def _attack(command: Evaluate, run: Run, model: Any) -> Report:
     for warning in attacks.check_model(key, model, run.x[:100], run.y[:100]):
         print(f"jaxnets: {warning}", file=sys.stderr)
     with _Bars(len(run.x)) as bars:
-        return evaluate_attacks(key, model, run.x, run.y, suite, threat=run.threat, on_batch=bars)
+        report = evaluate_attacks(key, model, run.x, run.y, suite, threat=run.threat, on_batch=bars)
+    for name in suite:
+        start = f"{name}: "
+        stages = {one.removeprefix(start): rows for one, rows in report.survived.items() if one.startswith(start)}
+        for warning in attacks.black_box_wins(stages):
+            print(f"jaxnets: {warning}", file=sys.stderr)
+    return report
 
 
 class _Bars:
@@ -121,16 +133,25 @@ def _save(command: Evaluate, folder: Path, run: Run, report: Report) -> None:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The numbers of a report by name."""
+    """The numbers of a report by name, those that are the same every time."""
 
     def entry(name: str, rows: np.ndarray) -> dict[str, Any]:
         correct, total = int(rows.sum()), len(rows)
         said = {"accuracy": correct / total, "rows": total, "interval95": accuracy_interval(correct, total)}
+        if name in report.norms:
+            mean, median = report.norm_mean_and_median(name)
+            said |= {"mean_norm": _finite(mean), "median_norm": _finite(median)}
         if name in report.queries:
-            said["mean_queries"] = float(report.queries[name][report.survived["clean"]].mean())
+            queries = report.queries[name][report.survived["clean"]]
+            said |= {"mean_queries": float(queries.mean()), "median_queries": float(np.median(queries))}
         return said
 
     return {name: entry(name, rows) for name, rows in report.with_worst_case().items()}
+
+
+def _finite(value: float) -> float | None:
+    """What JSON has a word for."""
+    return value if np.isfinite(value) else None
 
 
 def pgd_curve(run: Run, model: Any) -> tuple[np.ndarray, np.ndarray]:

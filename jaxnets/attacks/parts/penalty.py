@@ -212,10 +212,11 @@ def _run(key, logits_fn, x, target, threat, minimiser, search, loss, distance, c
     rows = jax.vmap(partial(_first, threat, minimiser, search, dtype))(x)
     # A row whose goal is reached at x is through: what it does from here on is not looked at.
     working = lambda carry: jnp.any(~jax.vmap(search.done)(carry[2].setting) & ~success)  # noqa: E731
-    number, best, _ = jax.lax.while_loop(working, descend, (jnp.int32(1), best, rows))
+    _, best, _ = jax.lax.while_loop(working, descend, (jnp.int32(1), best, rows))
 
     def succeeds(halving, point):
-        logits = checked_logits(redrawn(logits_fn, keys, number + halving)(point), x)
+        # Draws of no step: how many steps its batch has taken is nothing to a row.
+        logits = checked_logits(redrawn(logits_fn, keys, -1 - halving)(point), x)
         return reached(logits, target, loss, confidence)
 
     best = shortened(best, x, succeeds, lambda point: jax.vmap(distance)(point - x))

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from jaxnets.types import Array, Attack
 
+_COUNTING = "_counting_queries"
+
 
 class Queried(NamedTuple):
     """``x[B, ...]`` and how many queries each row has cost, ``queries[B]``, integers."""
@@ -21,6 +23,8 @@ def counts_queries(attack: Callable[..., Queried]) -> Callable[..., Array]:
     def without_count(*arguments, **options):
         return attack(*arguments, **options).x
 
+    # Not `__wrapped__`, which `jax.jit` sets too.
+    setattr(without_count, _COUNTING, attack)
     return without_count
 
 
@@ -32,5 +36,5 @@ def with_queries(attack: Attack) -> Callable[..., Queried] | None:
     True
     """
     function, options = (attack.func, attack.keywords) if isinstance(attack, partial) else (attack, {})
-    counting = getattr(function, "__wrapped__", None)
+    counting = getattr(function, _COUNTING, None)
     return None if counting is None else partial(counting, **options)
