@@ -25,7 +25,23 @@ ATTACKS = {
     "fmn-L0": (partial(fmn, steps=200), jn.L0),
     "sigma_zero": (partial(sigma_zero, steps=400), jn.L0),
 }
+NEAREST = ATTACKS | {
+    "deepfool-Linf": (partial(jn.attacks.deepfool, steps=50), jn.Linf),
+    "deepfool-L2": (partial(jn.attacks.deepfool, steps=50), jn.L2),
+    "fab-Linf": (jn.attacks.fab, jn.Linf),
+    "fab-L2": (jn.attacks.fab, jn.L2),
+    "fab-L1": (jn.attacks.fab, jn.L1),
+    "fab_targeted-Linf": (jn.attacks.fab_targeted, jn.Linf),
+    "fab_targeted-L2": (jn.attacks.fab_targeted, jn.L2),
+    "fab_targeted-L1": (jn.attacks.fab_targeted, jn.L1),
+    "carlini_wagner-L2": (partial(jn.attacks.carlini_wagner, steps=300, initial_const=0.01, rounds=12), jn.L2),
+    "carlini_wagner-Linf": (partial(jn.attacks.carlini_wagner, steps=600, step_size=0.001, shrink=0.95), jn.Linf),
+    "ead-L1": (partial(jn.attacks.ead, steps=400, beta=0.03), jn.L1),
+    "lbfgs-L2": (jn.attacks.lbfgs, jn.L2),
+}
+"""Those that are tested for how near they come here, and for the rest in files of their own."""
 every_attack = pytest.mark.parametrize("name", ATTACKS)
+every_nearest = pytest.mark.parametrize("name", NEAREST)
 targeted = jn.losses.targeted
 KEY = jax.random.key(0)
 ROWS, N, CLASSES = 8, 30, 2
@@ -41,7 +57,7 @@ def logits_of(weights, bias, scale=1.0):
 
 
 def order_of(name):
-    return references.ORDERS[ATTACKS[name][1].__name__]
+    return references.ORDERS[NEAREST[name][1].__name__]
 
 
 def scene(binding, seed=0, classes=CLASSES):
@@ -59,7 +75,7 @@ def scene(binding, seed=0, classes=CLASSES):
 
 
 def run(name, x, y, logits_fn, epsilon=jnp.inf, key=KEY, **options):
-    attack, cls = ATTACKS[name]
+    attack, cls = NEAREST[name]
     box = {edge: options.pop(edge) for edge in ("lower", "upper") if edge in options}
     x = x if isinstance(x, jax.Array) else jnp.asarray(x, jnp.float32)
     return attack(key, logits_fn, x, jnp.asarray(y), threat=cls(epsilon, **box), **options)
@@ -86,7 +102,7 @@ def assert_nearest(name, found, best):
         np.testing.assert_array_less(found, 1.05 * best)
 
 
-@every_attack
+@every_nearest
 @pytest.mark.parametrize("binding", [False, True], ids=["inside", "box"])
 def test_nearest_boundary_of_a_linear_model(name, binding):
     x, y, weights, bias = scene(binding)
@@ -97,7 +113,7 @@ def test_nearest_boundary_of_a_linear_model(name, binding):
     assert (best > 1.02 * np.array(free)).any() or not binding or order_of(name) == np.inf
     x_adv = run(name, x, y, logits_of(weights, bias))
     assert (leads(weights, bias, x_adv, 1 - y) > -1e-5).all()
-    references.assert_inside(ATTACKS[name][1](np.inf), x_adv, x)
+    references.assert_inside(NEAREST[name][1](np.inf), x_adv, x)
     assert_nearest(name, sizes(name, x_adv, x), best)
 
 
@@ -108,7 +124,7 @@ def folded(weights, x):
     return jnp.stack([jnp.full_like(u, 0.6), margin], axis=1)
 
 
-@every_attack
+@every_nearest
 def test_nearest_boundary_of_a_piecewise_linear_model(name):
     """A hinge lies between the row and the wall on the far side, and another one this side of it."""
     random = np.random.default_rng(3)

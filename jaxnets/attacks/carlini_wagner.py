@@ -29,6 +29,7 @@ def carlini_wagner(
     confidence: Any = 0.0,
     initial_const: Any = None,
     rounds: int | None = None,
+    shrink: Any = 0.9,
     loss: Loss = margin,
     tolerance: Any = 1e-4,
 ) -> Array:
@@ -41,8 +42,8 @@ def carlini_wagner(
 
     * L2: the penalty is ``|delta|_2^2``, every round starts at ``x``, and ``const`` is found by a binary search.
     * Linf: the penalty is ``sum_i max(|delta_i| - tau, 0)``. A round that gets below ``tau`` ends there, and the next
-      starts from its result with ``tau`` cut to 0.9 of it; after one that does not, ``const`` doubles. It is over at
-      ``tau <= 1/256`` or ``const > 20``.
+      starts from its result with ``tau`` cut to ``shrink`` of it; after one that does not, ``const`` doubles. It is
+      over at ``tau <= 1/256`` or ``const > 20``.
 
     At the end the segment between the clean row and its result is searched for a smaller success. A step costs one
     forward and one backward pass, and there are at most ``rounds * steps``.
@@ -58,6 +59,8 @@ def carlini_wagner(
       confidence: what the loss must be above zero for a success, scalar or ``[B]``.
       initial_const: the first constant; 1e-3 for L2, 1e-5 for Linf unless given.
       rounds: the most rounds, at least 1; 9 for L2 (the paper's binary search steps), 100 for Linf unless given.
+      shrink: for Linf, how much smaller the next ``tau`` is, in (0, 1): the result may be ``1 / shrink`` times as large
+        as it need be.
       loss: positive where the goal is reached; ``losses.targeted(margin)`` for a targeted attack.
       tolerance: a row leaves a round when a tenth of the steps has lowered its objective by less than this share; a
         negative number: never.
@@ -84,7 +87,7 @@ def carlini_wagner(
         target,
         threat=threat,
         minimiser=tanh_adam(step_size),
-        search=_search(threat, initial_const, rounds),
+        search=_search(threat, initial_const, rounds, shrink),
         loss=loss,
         confidence=confidence,
         steps=steps,
@@ -93,11 +96,11 @@ def carlini_wagner(
     )
 
 
-def _search(threat: Threat, initial_const: Any, rounds: int) -> Search:
+def _search(threat: Threat, initial_const: Any, rounds: int, shrink: Any) -> Search:
     if isinstance(threat, L2):
         return binary_search(1e-3 if initial_const is None else initial_const, rounds)
     if isinstance(threat, Linf):
-        return shrinking_cap(1e-5 if initial_const is None else initial_const, rounds)
+        return shrinking_cap(1e-5 if initial_const is None else initial_const, rounds, shrink)
     raise ValueError(f"carlini_wagner supports the threats L2 and Linf, got {type(threat).__name__}")
 
 
@@ -139,13 +142,13 @@ class Cap(NamedTuple):
     round: Array
 
 
-def shrinking_cap(initial_const: Any, rounds: Any) -> Search:
+def shrinking_cap(initial_const: Any, rounds: Any, shrink: Any = 0.9) -> Search:
     """The search for Linf: lowers ``tau`` after every success, and doubles the constant after every failure."""
     return Search(
         Partial(_first_cap, initial_const),
         Partial(_excess),
         Partial(_under_cap),
-        Partial(_next_cap),
+        Partial(_next_cap, shrink),
         Partial(_from_where_it_got),
         Partial(_caps_over, rounds),
     )
@@ -164,8 +167,8 @@ def _under_cap(cap: Cap, value: Array, success: Array) -> tuple[Array, Array]:
     return found, found
 
 
-def _next_cap(cap: Cap, found: Array, size: Array) -> Cap:
-    tau = jnp.where(found, 0.9 * jnp.minimum(cap.tau, size), cap.tau)
+def _next_cap(shrink: Any, cap: Cap, found: Array, size: Array) -> Cap:
+    tau = jnp.where(found, shrink * jnp.minimum(cap.tau, size), cap.tau)
     return Cap(jnp.where(found, cap.const, 2 * cap.const), tau, cap.round + 1)
 
 
