@@ -303,3 +303,20 @@ def test_bad_arguments_raise():
             apgd_targeted(KEY, logits_fn, x, y, threat=jn.Linf(0.1), classes=classes)
     with pytest.raises(ValueError, match="needs integer classes"):
         apgd_targeted(KEY, logits_fn, x, jnp.zeros((8, 3)), threat=jn.Linf(0.1))
+
+
+@every_threat
+def test_gradients_at_any_scale_give_the_same_steps(cls):
+    """Trap 2; trap 3 is one of scale too."""
+    random = np.random.default_rng(0)
+    first, second = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((6, 9), (9, 3)))
+    x, y = jnp.asarray(random.uniform(0.3, 0.7, size=(8, 6)), jnp.float32), jnp.zeros(8, jnp.int32)
+
+    def model(scale):
+        return Partial(lambda scale, a, b, x: scale * (jnp.tanh(x @ a) @ b), jnp.float32(scale), first, second)
+
+    attack = partial(apgd, threat=cls(0.3), steps=20, loss=margin)
+    expected = attack(KEY, model(1.0), x, y)
+    assert (expected != x).any()
+    for scale in (2.0**-60, 2.0**-20, 2.0**20, 2.0**60):
+        np.testing.assert_allclose(attack(KEY, model(scale), x, y), expected, atol=1e-5)

@@ -210,3 +210,13 @@ def test_a_suite_is_made_once_for_an_epsilon():
     for epsilon in (0.1, 0.1, 0.2, jnp.float32(0.1)):
         autoattack(KEY, linear(), x, jnp.zeros(4, jnp.int32), threat=jn.Linf(epsilon), version=version)
     assert [float(threat.epsilon) for threat in made] == [0.1, 0.2, pytest.approx(0.1)]
+
+
+@pytest.mark.slow
+def test_plus_leaves_no_more_than_standard():
+    x = images(12)
+    y = jnp.argmax(linear()(x), axis=1)
+    threat = jn.Linf(0.02)
+    left = {version: autoattack(KEY, linear(), x, y, threat=threat, version=version) for version in (standard, plus)}
+    survivors = [int((jnp.argmax(linear()(x_adv), axis=1) == y).sum()) for x_adv in left.values()]
+    assert 0 < survivors[1] <= survivors[0] < 12

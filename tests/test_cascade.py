@@ -72,6 +72,26 @@ def test_batches_have_every_row_once_in_two_sizes_and_little_padding(n, batch_si
     assert sum(sizes) <= n + max(n % sizes[0], sizes[-1] - 1) if n else not sizes
 
 
+def test_nothing_is_traced_anew_where_other_rows_survive():
+    traces = []
+
+    def counted(x):
+        traces.append(len(x))
+        return model(x)
+
+    x = rows()[0]
+    weak, strong = (partial(jn.attacks.pgd, threat=jn.Linf(e), steps=2) for e in (0.1, 0.2))
+    attack = cascade({"weak": weak, "strong": strong}, batch_size=8)
+    left = []
+    for start in (0.35, 0.4):
+        x[:, 0] = start + 0.2 * np.arange(ROWS) / ROWS
+        done = attack.run(KEY, counted, x, (x[:, 0] > 0.5).astype(np.int32))
+        left.append(int(done.survived["weak"].sum()))
+        traces.append("run")
+    assert left[0] != left[1]
+    assert traces[-1] == traces[traces.index("run") + 1] == "run"
+
+
 def test_the_call_is_the_run_and_wrong_rows_stay_as_they_are():
     x, y = rows()
     y[5] = 1
