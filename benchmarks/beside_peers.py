@@ -68,6 +68,9 @@ def main(settings: Settings) -> dict[str, dict[str, Any]]:
         found[side] = _apart(settings, side)
         seconds = ", ".join(f"{value:.1f}" for value in found[side]["seconds"])
         print(f"{side:14} survivors {found[side]['survivors']:6.2%}   seconds {seconds}", flush=True)
+    for side in found.keys() - {"jaxnets"} if "jaxnets" in found else ():
+        pairs = zip(found[side]["seconds"], found["jaxnets"]["seconds"], strict=True)
+        print(f"{side} takes {', '.join(f'{theirs / ours:.2f}' for theirs, ours in pairs)} times as long as jaxnets")
     return found
 
 
