@@ -305,7 +305,7 @@ def test_bad_arguments_raise():
         apgd_targeted(KEY, logits_fn, x, jnp.zeros((8, 3)), threat=jn.Linf(0.1))
 
 
-@every_threat
+@pytest.mark.parametrize("cls", [jn.Linf, *(pytest.param(cls, marks=pytest.mark.slow) for cls in (jn.L2, jn.L1))])
 def test_gradients_at_any_scale_give_the_same_steps(cls):
     """Trap 2; trap 3 is one of scale too."""
     random = np.random.default_rng(0)

@@ -210,6 +210,7 @@ def test_a_loss_without_a_sign_is_refused(loss):
         jn.attacks.carlini_wagner(jax.random.key(0), lambda x: x, x, y, threat=jn.L2(1.0), loss=loss)
 
 
+@pytest.mark.slow
 def test_a_row_of_a_random_model_does_not_see_its_batch():
     x, y, logits_fn = curved()
     noisy = Stochastic(Partial(lambda f, key, x: f(x) + 0.1 * jax.random.normal(key, (len(x), 4)), logits_fn), KEY)

@@ -173,7 +173,11 @@ def test_eight_bits_keep_the_count_of_queries():
     np.testing.assert_array_equal(jn.attacks.with_queries(eight_bit(attack))(KEY, logits_fn, x, y).queries, expected)
 
 
-@pytest.mark.parametrize("wrap", [eight_bit, lambda attack: jax.jit(attack, static_argnums=1), Partial])
+@pytest.mark.parametrize("wrap", [
+    eight_bit,
+    pytest.param(lambda attack: jax.jit(attack, static_argnums=1), marks=pytest.mark.slow),
+    pytest.param(Partial, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_wrapped_attack_keeps_its_goal(wrap):
     logits_fn, x, y = bumpy()
     attack = partial(jn.attacks.pgd, threat=jn.Linf(0.05), steps=2, loss=jn.losses.targeted(jn.losses.cross_entropy))

@@ -41,7 +41,9 @@ NEAREST = ATTACKS | {
 }
 """Those that are tested for how near they come here, and for the rest in files of their own."""
 every_attack = pytest.mark.parametrize("name", ATTACKS)
-every_nearest = pytest.mark.parametrize("name", NEAREST)
+every_nearest = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ATTACKS else pytest.mark.slow) for name in NEAREST]
+)
 targeted = jn.losses.targeted
 KEY = jax.random.key(0)
 ROWS, N, CLASSES = 8, 30, 2
