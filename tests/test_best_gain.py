@@ -37,12 +37,13 @@ ATTACKS = {
     "nes": (partial(attacks.nes, queries=20_000, step_size=0.02), ("Linf",)),
     "spsa": (partial(attacks.spsa, queries=25_000, step_size=0.02), ("Linf",)),
 }
-CASES = [pytest.param(name, norm, id=f"{name}-{norm}") for name, (_, norms) in ATTACKS.items() for norm in norms]
-each = pytest.mark.parametrize(("name", "norm"), CASES)
-each_slowly = pytest.mark.parametrize(
-    ("name", "norm"), [case if case.values[0] in ("pgd", "apgd") else pytest.param(*case.values, marks=pytest.mark.slow)
-                       for case in CASES if case.values[0] != "apgd_targeted"]
-)  # fmt: skip
+CASES = [(name, norm) for name, (_, norms) in ATTACKS.items() for norm in norms]
+
+
+def each_of(cases, always):
+    """Those not named in ``always`` are slow tests."""
+    marks = {name: () if name in always else pytest.mark.slow for name in ATTACKS}
+    return pytest.mark.parametrize(("name", "norm"), [pytest.param(*case, marks=marks[case[0]]) for case in cases])
 
 
 def linear(weights, x):
@@ -73,7 +74,7 @@ def margins(logits, y):
     return others.max(axis=1) - logits[np.arange(len(y)), y]
 
 
-@each
+@each_of(CASES, always=("fgsm", "pgd", "apgd", "apgd_targeted", "square"))
 def test_on_a_linear_model(name, norm):
     """The margin can rise to ``max_k z_k - z_y + epsilon |w_k - w_y|``, in the dual norm."""
     random = np.random.default_rng(0)
@@ -92,7 +93,7 @@ def test_on_a_linear_model(name, norm):
     assert (found <= best + 1e-4 * gain).all()
 
 
-@each_slowly
+@each_of([case for case in CASES if case[0] != "apgd_targeted"], always=("pgd", "apgd"))
 def test_on_a_piecewise_linear_model(name, norm):
     """Its two classes are too few for `apgd_targeted`, which has the linear model alone."""
     random = np.random.default_rng(1)

@@ -266,6 +266,7 @@ def test_results_are_inside_whatever_the_model(name, norm):
             assert np.abs(result.x[0] - x[0]).max() > 1e-3
 
 
+@pytest.mark.slow
 @every_attack
 def test_double_precision(name, x64):
     x = images(3).astype(jnp.float64)

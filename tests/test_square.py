@@ -406,6 +406,7 @@ def test_a_random_model_draws_anew_at_each_query():
     assert len(calls) == len(set(calls)) == 140
 
 
+@pytest.mark.slow
 @every_threat
 def test_double_precision(name, x64):
     x, threat = images(3).astype(jnp.float64), THREATS[name]
