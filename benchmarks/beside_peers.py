@@ -20,7 +20,7 @@ github.com/fra31/auto-attack, with the time for a seed::
                                 small_cnn (0.3, 2, 10)    resnet18 (8/255, 0.5, 12)
                                 jaxnets   official        jaxnets   official
     autoattack, linf              89.3%      89.4%          30.9%      31.0%
-    autoattack, l2                22.3%      23.5%           open      45.0%
+    autoattack, l2                22.3%      23.5%          45.0%      45.0%
     autoattack, l1                14.8%      15.2%          11.1%      11.3%
 """
 
