@@ -20,6 +20,7 @@ from jaxnets.evaluation import evaluate
 from jaxnets.losses import cross_entropy, margin
 from jaxnets.threats import Threat
 from jaxnets.types import Array, Attack, LogitsFn
+from jaxnets.verification import verify
 
 
 class MaskedGradients(NamedTuple):
@@ -105,19 +106,26 @@ def masked_gradients(
         black_box = {"square": partial(square, threat=threat, queries=500)}
     logits_fn = as_pytree(logits_fn)
     gradient, logits = jax.jit(partial(input_gradient, loss=cross_entropy))(logits_fn, x=jnp.asarray(x), target=y)
-    attacks = {"fgsm": partial(fgsm, threat=threat), "pgd": _many_steps(threat, steps), **black_box}
-    report = evaluate(key, logits_fn, x, y, attacks, threat=threat)
-    everyone = attack_rows(
-        attacks["fgsm"], host_keys(key, len(x)), logits_fn, x, y, batch_size=None, mesh=parallel.data_mesh()
+    report = evaluate(key, logits_fn, x, y, {"pgd": _many_steps(threat, steps), **black_box}, threat=threat)
+    # On all rows, where `evaluate` attacks the right ones.
+    one_step = attack_rows(
+        partial(fgsm, threat=threat),
+        host_keys(key, len(x)),
+        logits_fn,
+        x,
+        y,
+        batch_size=None,
+        mesh=parallel.data_mesh(),
     )
+    verify("fgsm", one_step.x, x, threat)
     everywhere = _whole_box(threat, x)
     free = evaluate(key, logits_fn, x, y, {"pgd": _many_steps(everywhere, steps)}, threat=everywhere)
     survived = report.survived
     return MaskedGradients(
         zero_gradients=float((np.asarray(gradient) == 0).reshape(len(x), -1).all(axis=1).mean()),
         clean=float(survived["clean"].mean()),
-        leaking=float(everyone.correct.mean()),
-        one_step=float(survived["fgsm"].mean()),
+        leaking=float(one_step.correct.mean()),
+        one_step=float((survived["clean"] & one_step.correct).mean()),
         many_steps=float(survived["pgd"].mean()),
         black_box={name: float((survived["pgd"] & ~survived[name]).mean()) for name in black_box},
         unbounded=float(free.survived["pgd"].mean()),
