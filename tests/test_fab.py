@@ -281,7 +281,7 @@ def test_random_starts_find_other_points(name):
     np.testing.assert_array_equal(wrong, x)
 
 
-def test_two_passes_of_the_model_a_step_and_twelve_more():
+def test_two_passes_of_the_model_a_step_and_thirteen_more():
     logits_fn, x, y = linear_case()
     calls = []
 
@@ -293,7 +293,7 @@ def test_two_passes_of_the_model_a_step_and_twelve_more():
         calls.clear()
         attack(KEY, counted, x, y, threat=jn.L2(np.inf, -1.0, 2.0), steps=10).block_until_ready()
         jax.effects_barrier()
-        assert len(calls) == 2 * 10 + 12
+        assert len(calls) == 2 * 10 + 13
 
 
 @every_attack

@@ -50,7 +50,7 @@ def fab(
         alpha   = min(|d_t| / (|d_t| + |d_0|), alpha_max)
         x_{t+1} = clip((1 - alpha) (z_t + eta d_t) + alpha (x + eta d_0))
 
-    At the end the segment between the clean row and its result is searched for a nearer one. The cost is ``steps``
+    At the end the segment between the clean row and its result is searched for a nearer one. The cost is ``steps + 1``
     times two forward and ``K - 1`` backward passes, and a few more forward passes. `fab_targeted` has one backward pass
     a step, and tries every class by itself.
 
@@ -226,15 +226,18 @@ def _run(
         return succeeded(loss, logits, rows.target)
 
     def step(number, carry):
-        x_t, best = carry
+        z, plane, best = carry
+        x_t = advance(rows.x, z, plane)
         success = succeeds(number, x_t)
         best = nearer(best, x_t, success, away(x_t))
         z = x_t - spread((1 - pull.beta) * success, x_t) * (x_t - rows.x)
-        plane = boundary(redrawn(logits_fn, rows.keys, number + 1), z)[1]
-        return advance(rows.x, z, plane), best
+        return z, boundary(redrawn(logits_fn, rows.keys, number + 1), z)[1], best
 
-    x_t, best = jax.lax.fori_loop(0, steps, step, (x_0, nothing_found(rows.x)))
-    best = nearer(best, x_t, succeeds(steps, x_t), away(x_t))
+    # A step ends with its gradient: XLA's CPU backend would compute the last part of a gradient within the step again
+    # for every sum that it goes into. The first plane is none, to which the way is zero; the last is not used.
+    shapes = jax.eval_shape(lambda z: boundary(redrawn(logits_fn, rows.keys, 0), z)[1], x_0)
+    none = jax.tree.map(jnp.zeros_like, shapes)
+    _, _, best = jax.lax.fori_loop(0, steps + 1, step, (x_0, none, nothing_found(rows.x)))
     return shortened(best, rows.x, lambda halving, point: succeeds(steps + 1 + halving, point), away)
 
 
