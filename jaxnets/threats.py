@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnets.draws import drawn
 from jaxnets.folds import largest, total
 from jaxnets.types import Array
 
@@ -115,7 +116,7 @@ class Linf:
         return jnp.clip(z, jnp.maximum(x - self.epsilon, self.lower), jnp.minimum(x + self.epsilon, self.upper))
 
     def sample(self, key: Array, x: Array) -> Array:
-        return x + self.epsilon * jax.random.uniform(key, x.shape, x.dtype, -1.0, 1.0)
+        return x + self.epsilon * drawn(jax.random.uniform, key, x.shape, x.dtype, -1.0, 1.0)
 
     def direction(self, gradient: Array, x: Array) -> Array:
         return jnp.sign(_inward(gradient, x, self))
@@ -156,7 +157,7 @@ class L2:
         """``epsilon u^(1/n) g / |g|`` with ``g`` normal and ``u`` uniform: the radius to the power n is uniform."""
         direction_key, radius_key = jax.random.split(key)
         u = jax.random.uniform(radius_key, (), x.dtype)
-        return x + self.epsilon * u ** (1 / x.size) * _unit(jax.random.normal(direction_key, x.shape, x.dtype))
+        return x + self.epsilon * u ** (1 / x.size) * _unit(drawn(jax.random.normal, direction_key, x.shape, x.dtype))
 
     def direction(self, gradient: Array, x: Array) -> Array:
         return _unit(_inward(gradient, x, self))
@@ -201,7 +202,7 @@ class L1:
     def sample(self, key: Array, x: Array) -> Array:
         """``epsilon l / (|l|_1 + e)`` with ``l`` Laplace and ``e`` exponential (Barthe et al. 2005)."""
         offset_key, slack_key = jax.random.split(key)
-        offset = jax.random.laplace(offset_key, x.shape, x.dtype)
+        offset = drawn(jax.random.laplace, offset_key, x.shape, x.dtype)
         slack = jax.random.exponential(slack_key, (), x.dtype)
         return x + self.epsilon * offset / (jnp.sum(jnp.abs(offset)) + slack)
 
@@ -244,8 +245,9 @@ class L0:
     def sample(self, key: Array, x: Array) -> Array:
         """Epsilon coordinates drawn without replacement, each uniform in the box, which must be finite."""
         which_key, value_key = jax.random.split(key)
-        chosen = _largest(jax.random.uniform(which_key, x.shape, x.dtype), self.epsilon)
-        return jnp.where(chosen, jax.random.uniform(value_key, x.shape, x.dtype, self.lower, self.upper), x)
+        chosen = _largest(drawn(jax.random.uniform, which_key, x.shape, x.dtype), self.epsilon)
+        values = drawn(jax.random.uniform, value_key, x.shape, x.dtype, self.lower, self.upper)
+        return jnp.where(chosen, values, x)
 
     def direction(self, gradient: Array, x: Array) -> Array:
         """The steepest of the steps that change one coordinate by one unit of the data."""

@@ -10,6 +10,7 @@ from jaxnets.attacks.parts.decisions import Decisions, check_start, find_start, 
 from jaxnets.attacks.parts.minimum_norm import wide_a_row
 from jaxnets.attacks.parts.queries import Queried, counts_queries
 from jaxnets.attacks.parts.ranking import Nearest, within
+from jaxnets.draws import drawn
 from jaxnets.losses import margin
 from jaxnets.threats import L2, Threat, check_one_a_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss
@@ -158,7 +159,7 @@ def _propose(key, threat, x, x_t, around, towards):
     offset = x_t - x
     distance = threat.size(offset)
     out = offset / jnp.where(distance > 0, distance, 1)
-    normal = jax.random.normal(key, x.shape, x.dtype)
+    normal = drawn(jax.random.normal, key, x.shape, x.dtype)
     normal = normal - jnp.sum(normal * out) * out
     length = jnp.maximum(threat.size(normal), jnp.finfo(x.dtype).tiny)
     on_sphere = x + (offset + around * distance * normal / length) / jnp.sqrt(1 + around**2)

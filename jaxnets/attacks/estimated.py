@@ -16,6 +16,7 @@ from jaxnets.attacks.parts.queries import Queried, counts_queries
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
 from jaxnets.attacks.parts.rules import Rule, by_optax, normalized, steepest
 from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
+from jaxnets.draws import drawn
 from jaxnets.losses import margin
 from jaxnets.threats import Threat, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss
@@ -159,7 +160,7 @@ def estimated_gradient(
 
     def add(part, total):
         each = jax.vmap(partial(_each_key, part * settings.at_once + jnp.arange(settings.at_once)))
-        draw = jax.vmap(lambda key: settings.draw(key, x.shape[1:], x.dtype))
+        draw = jax.vmap(lambda key: drawn(settings.draw, key, x.shape[1:], x.dtype))
         u = jax.vmap(draw)(each(direction_keys))
         points = x[:, None, None] + sigma * jnp.stack([u, -u], axis=2)
         rows = 2 * settings.at_once

@@ -11,6 +11,7 @@ from jaxnets.attacks.parts.decisions import Blend, Decisions, check_start, find_
 from jaxnets.attacks.parts.minimum_norm import spread
 from jaxnets.attacks.parts.queries import Queried, counts_queries
 from jaxnets.attacks.parts.ranking import Nearest, nearer, nothing_found, within
+from jaxnets.draws import drawn
 from jaxnets.losses import margin
 from jaxnets.threats import L2, Linf, Threat, check_one_a_row, each_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss
@@ -175,7 +176,7 @@ def _normal(decisions, draw, keys, threat, x, radius, count, used, at_once):
     """The estimate of the boundary's normal at each row from ``count[B]`` labels, and the queries used."""
 
     def one(key, x, radius, number):
-        u = draw(jax.random.fold_in(key, number), x.shape, x.dtype)
+        u = drawn(draw, jax.random.fold_in(key, number), x.shape, x.dtype)
         u = u / jnp.maximum(jnp.sqrt(jnp.sum(u**2)), jnp.finfo(x.dtype).tiny)
         z = jnp.clip(x + radius * u, threat.lower, threat.upper)
         return z, (z - x) / jnp.where(radius > 0, radius, 1)

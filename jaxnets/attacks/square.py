@@ -13,6 +13,7 @@ from jaxnets.attacks.parts.compaction import until_done
 from jaxnets.attacks.parts.queries import Queried, counts_queries
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
 from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
+from jaxnets.draws import drawn
 from jaxnets.losses import margin, succeeded
 from jaxnets.threats import L1, L2, Linf, Threat, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss
@@ -153,7 +154,7 @@ def _side(proposal: Array, horizon: Any, p_init: Any, size: tuple[int, ...]) -> 
 
 def _draws(key: Array, channels: int) -> Array:
     """What the moves of a block draw: two corners, whether a pattern is turned, a sign for each channel."""
-    return jax.random.uniform(key, (_BLOCK, 5 + channels))
+    return drawn(jax.random.uniform, key, (_BLOCK, 5 + channels))
 
 
 def _corner(draws: Array, side: Array, x: Array) -> Array:
@@ -187,7 +188,7 @@ def _ends(threat: Threat, x: Array) -> tuple[Array, Array]:
 
 def _stripes(threat: Threat, key: Array, x: Array) -> Array:
     low, high = _ends(threat, x)
-    return jnp.where(jax.random.bernoulli(key, shape=(1, *x.shape[1:])), high, low)
+    return jnp.where(drawn(jax.random.uniform, key, (1, *x.shape[1:])) < 0.5, high, low)
 
 
 def _recolour(threat: Threat, draws: Array, side: Array, x: Array, x_t: Array) -> Array:
@@ -212,7 +213,7 @@ def _tiles(threat: Threat, key: Array, x: Array) -> Array:
         return values.repeat(side, 0).repeat(side, 1)
 
     upright = _pyramids(side, side, power, decay).astype(x.dtype)
-    draws = one_a_tile(jax.random.uniform(key, (*counts, 1 + x.shape[2])))
+    draws = one_a_tile(drawn(jax.random.uniform, key, (*counts, 1 + x.shape[2])))
     turned, upright = jnp.tile(upright.T, counts)[..., None], jnp.tile(upright, counts)[..., None]
     delta = jnp.where(draws[..., :1] < 0.5, turned, upright) * _signs(draws[..., 1:]).astype(x.dtype)
     delta = jnp.pad(delta, margins)

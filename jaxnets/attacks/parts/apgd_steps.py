@@ -10,6 +10,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxnets.attacks.parts.start import Start, uniform
+from jaxnets.draws import drawn
 from jaxnets.threats import L1, L2, Linf, Threat, each_row
 from jaxnets.types import Array
 
@@ -147,7 +148,7 @@ def projected_noise(keys: Array, threat: Threat, x: Array) -> Array:
     width = threat.upper - threat.lower
 
     def one(threat, key, x):
-        return threat.project(x + width * jax.random.normal(key, x.shape, x.dtype), x)
+        return threat.project(x + width * drawn(jax.random.normal, key, x.shape, x.dtype), x)
 
     return each_row(one, threat, keys, x)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxnets.attacks.parts.calling import checked_logits
 from jaxnets.attacks.parts.minimum_norm import box_width
 from jaxnets.attacks.parts.stochastic import redrawn
+from jaxnets.draws import drawn
 from jaxnets.losses import succeeded
 from jaxnets.threats import Threat
 from jaxnets.types import Array
@@ -91,8 +92,8 @@ def find_start(decisions: Decisions, keys: Array, threat: Threat, x: Array, star
     def draw(carry):
         number, held = carry
         z = jax.vmap(
-            lambda key, row: jax.random.uniform(
-                jax.random.fold_in(key, number), row.shape, row.dtype, threat.lower, threat.upper
+            lambda key, row: drawn(
+                jax.random.uniform, jax.random.fold_in(key, number), row.shape, row.dtype, threat.lower, threat.upper
             )
         )(keys, x)
         return number + 1, _try(decisions, held, z)

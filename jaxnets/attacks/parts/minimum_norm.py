@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.attacks.parts.ranking import Nearest, nearer
+from jaxnets.draws import drawn
 from jaxnets.threats import L2, Threat, each_row, sizes
 from jaxnets.types import Array
 
@@ -50,7 +51,7 @@ def finite(gradient: Array) -> Array:
 
 def random_directions(keys: Array, x: Array) -> Array:
     """One normal direction a row, ``[B, ...]``: where a row without a gradient goes."""
-    return jax.vmap(lambda key, row: jax.random.normal(key, row.shape, row.dtype))(keys, x)
+    return jax.vmap(lambda key, row: drawn(jax.random.normal, key, row.shape, row.dtype))(keys, x)
 
 
 def unit_step(gradient: Array, otherwise: Array, threat: Threat, x_t: Array) -> Array:
