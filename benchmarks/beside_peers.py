@@ -8,11 +8,14 @@ Found on two cores of an AMD EPYC with jax 0.10.2 and PyTorch 2.13.0, ``--rows 5
 ``--calls 2`` for autoattack), key 0; seconds of the first call and the median of the others::
 
     small_cnn      jaxnets: first  others  survivors   torchattacks: first  others  survivors
-    pgd-40                    1.8     0.4      93.8%                   1.0     0.8      93.6%
-    apgd-100                  2.3     0.9      93.0%                   2.7     2.0      92.6%
-    cw                        2.4     0.9      95.2%                   4.6     2.3      95.6%
-    square-1000               7.4     3.9      90.8%                   5.6     4.9      90.6%
-    autoattack               57.9    42.4      90.2%                  97.6    94.9      89.8%
+    pgd-40                    2.0     0.4      93.8%                   1.1     0.8      93.2%
+    apgd-100                  2.8     1.3      93.0%                   3.2     3.0      92.6%
+    cw                        3.1     1.1      95.2%                   5.9     2.6      95.6%
+    square-1000               9.7     4.6      90.8%                   7.2     6.2      90.6%
+    autoattack               64.7    48.0      90.2%                 124.3   108.2      89.8%
+
+Four first calls of autoattack took 59.5, 64.7, 53.5 and 59.6 seconds, those of torchattacks after them 120.1, 124.3,
+108.6 and 107.3; ten of ours are compilation.
 
 Rows that survive, of 1,000, ``--rows 1000 --calls 1 --sides jaxnets official``. Official is that of
 github.com/fra31/auto-attack, with the time for a seed::
