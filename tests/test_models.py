@@ -250,7 +250,8 @@ def test_stem_for_small_images_keeps_their_size():
             jax.random.key(0), x, capture_intermediates=True, mutable=["params", "batch_stats", "intermediates"]
         )
     )
-    blocks = [seen["intermediates"][f"BasicBlock_{number}"]["__call__"][0].shape for number in range(8)]
+    names = [f"layer{stage}_{number}" for stage in (1, 2, 3, 4) for number in (0, 1)]
+    blocks = [seen["intermediates"][name]["__call__"][0].shape for name in names]
     assert [shape[1] for shape in blocks] == [32, 32, 16, 16, 8, 8, 4, 4]
     assert [shape[3] for shape in blocks] == [4, 4, 8, 8, 16, 16, 32, 32]
 

@@ -1,7 +1,7 @@
-"""Layers that the models share: convolution and pooling whose gradients are fast inside compiled loops as well."""
+"""Convolution whose gradients are fast inside compiled loops as well."""
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial, reduce
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -147,41 +147,3 @@ def _blocks_as_channels(lhs: Array, rhs: Array, strides: tuple[int, int], paddin
 
 Conv = partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 """`flax.linen.Conv` by `conv_general_dilated`."""
-
-
-def max_pool(x: Array, window: tuple[int, int] = (2, 2)) -> Array:
-    """Maximum over windows that do not overlap; rows and columns that fill no window are dropped.
-
-    As `flax.linen.max_pool`, ties included (the first of the largest takes the gradient), and seven times faster to
-    differentiate on a CPU.
-
-    Args:
-      x: ``[B, H, W, C]``.
-      window: ``(h, w)``.
-
-    Returns:
-      ``[B, H // h, W // w, C]``.
-    """
-    # By choices, not by `jnp.max`: its gradient goes to the entries that equal the maximum, and where a compiler
-    # computes both anew in different fusions they differ by a rounding error, and gradients are lost.
-    windows = _windows(x, window)
-    entries = [windows[:, :, row, :, column] for row in range(window[0]) for column in range(window[1])]
-    return reduce(lambda best, entry: jnp.where((entry > best) | jnp.isnan(entry), entry, best), entries)
-
-
-def avg_pool(x: Array, window: tuple[int, int] = (2, 2)) -> Array:
-    """Mean over windows that do not overlap; shapes as for `max_pool`."""
-    return jnp.mean(_windows(x, window), axis=(2, 4))
-
-
-def _windows(x: Array, window: tuple[int, int]) -> Array:
-    (height, width), (h, w) = x.shape[1:3], window
-    if height < h or width < w:
-        raise ValueError(f"an image of {height}x{width} holds no pooling window of {h}x{w}")
-    x = x[:, : height // h * h, : width // w * w]
-    return x.reshape(len(x), height // h, h, width // w, w, x.shape[-1])
-
-
-def flatten(x: Array) -> Array:
-    """``[B, ...] -> [B, N]``."""
-    return x.reshape(len(x), -1)

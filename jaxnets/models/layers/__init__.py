@@ -1,0 +1,26 @@
+"""Layers that the networks share: units, convolution, pooling, normalisation, and blocks of them."""
+
+from jaxnets.models.layers.blocks import ConvBlock, DenseHead, remat_if
+from jaxnets.models.layers.convolution import Conv, conv_general_dilated
+from jaxnets.models.layers.initializers import glorot, he, lecun, orthogonal
+from jaxnets.models.layers.normalization import BatchNorm, LayerNorm, local_response_norm
+from jaxnets.models.layers.pooling import adaptive_avg_pool, avg_pool, flatten, max_pool
+from jaxnets.models.layers.units import (
+    RadialBasis,
+    identity,
+    leaky_relu,
+    logistic,
+    maxout,
+    piecewise_linear,
+    relu,
+    softmax,
+    tanh,
+    threshold,
+)
+
+__all__ = [
+    "BatchNorm", "Conv", "ConvBlock", "DenseHead", "LayerNorm", "RadialBasis", "adaptive_avg_pool", "avg_pool",
+    "conv_general_dilated", "flatten", "glorot", "he", "identity", "leaky_relu", "lecun", "local_response_norm",
+    "logistic", "max_pool", "maxout", "orthogonal", "piecewise_linear", "relu", "remat_if", "softmax", "tanh",
+    "threshold",
+]  # fmt: skip

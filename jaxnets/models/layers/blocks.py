@@ -1,0 +1,80 @@
+"""Blocks that several networks are made of, and how a network forgets what its backward pass can compute again."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+
+from jaxnets.models.layers.convolution import Conv
+from jaxnets.models.layers.initializers import he
+from jaxnets.models.layers.pooling import flatten
+from jaxnets.models.layers.units import identity
+from jaxnets.types import Array
+
+
+class ConvBlock(nn.Module):
+    """A convolution (``conv``), a normalisation (``bn``), ReLU, and a function such as pooling.
+
+    Attributes:
+      features: channels of the output.
+      kernel, strides, padding: of the convolution, down and right alike.
+      groups: of channels that do not see each other.
+      norm: makes the normalisation from ``dtype`` and ``name``.
+      bias: of the convolution; unless given, where there is no normalisation.
+      after: what comes after ReLU.
+      dtype: of the computation.
+    """
+
+    features: int
+    kernel: int
+    strides: int = 1
+    padding: int = 0
+    groups: int = 1
+    norm: Callable[..., nn.Module] | None = None
+    bias: bool | None = None
+    after: Callable[[Array], Array] = identity
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        settings: dict[str, Any] = {
+            "strides": self.strides,
+            "padding": self.padding,
+            "feature_group_count": self.groups,
+        }
+        bias = self.norm is None if self.bias is None else self.bias
+        settings |= {"use_bias": bias, "kernel_init": he, "dtype": self.dtype, "name": "conv"}
+        x = Conv(self.features, (self.kernel, self.kernel), **settings)(x)
+        if self.norm is not None:
+            x = self.norm(dtype=self.dtype, name="bn")(x, train)
+        return self.after(nn.relu(x))
+
+
+class DenseHead(nn.Module):
+    """Two dense layers with ReLU and dropout (``fc6``, ``fc7``) and one for the logits (``fc8``), of ``[B, ...]``.
+
+    Attributes:
+      hidden: units of the first two.
+      classes: number of logits.
+      dropout: share of units that a training step leaves out.
+      dtype: of the computation.
+    """
+
+    hidden: int
+    classes: int
+    dropout: float = 0.5
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        dense = partial(nn.Dense, kernel_init=he, dtype=self.dtype)
+        x = flatten(x)
+        for name in ("fc6", "fc7"):
+            x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(dense(self.hidden, name=name)(x)))
+        return dense(self.classes, name="fc8")(x)
+
+
+def remat_if(remat: bool, block: type[nn.Module]) -> type[nn.Module]:
+    """The block, ``(x, train)``, or one of which the backward pass keeps only the input and computes the rest again."""
+    return nn.remat(block, static_argnums=(2,)) if remat else block  # pyright: ignore

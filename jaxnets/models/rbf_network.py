@@ -1,0 +1,35 @@
+"""The radial basis function network: a layer of Gaussian bumps, and weighted sums of them."""
+
+import flax.linen as nn
+
+from jaxnets.models.layers import RadialBasis, flatten
+from jaxnets.types import Array
+
+
+class RBFNetwork(nn.Module):
+    """``W exp(-|x - c_k|^2 / (2 sigma_k^2)) + b``: one hidden layer of `layers.RadialBasis`, and a dense one.
+
+    Centres are best begun at training rows, for example by ``centers_init=lambda key, shape, dtype: rows``.
+
+    Attributes:
+      centers: number of hidden units.
+      classes: number of logits.
+      width: every ``sigma_k`` at first, in the units of the distance between images.
+      centers_init: of the centres ``[centers, N]``; uniform in the box [0, 1] unless given.
+
+    Broomhead and Lowe 1988, Multivariable functional interpolation and adaptive networks.
+
+    >>> import jax, jax.numpy as jnp
+    >>> RBFNetwork(20).init_with_output(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))[0].shape
+    (2, 10)
+    """
+
+    centers: int = 100
+    classes: int = 10
+    width: float = 3.0
+    centers_init: nn.initializers.Initializer = nn.initializers.uniform(1.0)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        hidden = RadialBasis(self.centers, self.centers_init, self.width)(flatten(x))
+        return nn.Dense(self.classes)(hidden)
