@@ -106,10 +106,12 @@ def test_digits():
     np.testing.assert_array_equal(digits.test.labels, data.load("digits").test.labels)
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
-def test_registered_checksums_come_from_tfds(name):
+@pytest.mark.parametrize(
+    ("name", "count"), [("mnist", 4), ("fashion_mnist", 4), ("cifar10", 1), ("cifar100", 1), ("svhn_cropped", 3)]
+)
+def test_registered_checksums_come_from_tfds(name, count):
     listed = originals.registered(name)
-    assert len(listed) == (1 if name == "cifar10" else 4)
+    assert len(listed) == count
     for original in listed:
         assert original.url.endswith(original.file)
         assert original.size > 1000
@@ -142,26 +144,137 @@ def test_stock_data_source_reads_what_was_prepared(mnist_files, tmp_path):
     assert [row["label"] for row in source] == loaded.test.labels.tolist()
 
 
+def packed(folder, files):
+    """A gzipped tar archive of ``files``, contents by name, in ``folder``."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        for name, content_ in files.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(content_)
+            archive.addfile(member, io.BytesIO(content_))
+    return content.getvalue()
+
+
+def cifar_images(records, label_count):
+    """The images of CIFAR's records, ``[N, 32, 32, 3]``, pixel by pixel."""
+    at = [[[label_count + 1024 * c + 32 * i + j for c in range(3)] for j in range(32)] for i in range(32)]
+    return records[:, np.array(at)]
+
+
 def test_cifar10_planes_become_channels(monkeypatch, tmp_path):
     rng = np.random.default_rng(1)
     records = rng.integers(0, 256, (6, 2, 3073)).astype(np.uint8)
     records[..., 0] %= 10
     files = {f"data_batch_{i + 1}.bin": records[i].tobytes() for i in range(5)}
     files |= {"test_batch.bin": records[5].tobytes(), "batches.meta.txt": "\n".join("abcdefghij").encode() + b"\n\n"}
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    archive_file = {"cifar-10-binary.tar.gz": packed.getvalue()}
+    archive_file = {"cifar-10-binary.tar.gz": packed("cifar-10-batches-bin", files)}
     register(monkeypatch, archive_file)
     write(tmp_path / "cifar10", archive_file)
     loaded = data.load("cifar10", tmp_path)
     rows = records[:5].reshape(-1, 3073)
-    images = [[[[r[1 + 1024 * c + 32 * i + j] for c in range(3)] for j in range(32)] for i in range(32)] for r in rows]
     assert loaded.classes == tuple("abcdefghij")
-    assert pairs(loaded.train) == pairs((np.array(images, np.uint8), rows[:, 0]))
+    assert pairs(loaded.train) == pairs((cifar_images(rows, 1), rows[:, 0]))
+
+
+@pytest.fixture
+def cifar100_files(monkeypatch):
+    """Tiny files in CIFAR-100's form, and the records of its splits: coarse label, fine label, planes."""
+    rng = np.random.default_rng(2)
+    records = {split: rng.integers(0, 256, (n, 3074)).astype(np.uint8) for split, n in (("train", 7), ("test", 4))}
+    for rows in records.values():
+        rows[:, 0] %= 20
+        rows[:, 1] %= 100
+    files = {f"{split}.bin": rows.tobytes() for split, rows in records.items()}
+    for kind, n in (("coarse", 20), ("fine", 100)):
+        files[f"{kind}_label_names.txt"] = "".join(f"{kind}_{i}\n" for i in range(n)).encode()
+    archive_file = {"cifar-100-binary.tar.gz": packed("cifar-100-binary", files)}
+    register(monkeypatch, archive_file)
+    return archive_file, records
+
+
+def test_cifar100_has_fine_labels_and_keeps_the_coarse_ones(cifar100_files, tmp_path):
+    import tensorflow_datasets as tfds
+
+    files, records = cifar100_files
+    write(tmp_path / "cifar100", files)
+    loaded = data.load("cifar100", tmp_path)
+    assert loaded.classes == tuple(f"fine_{i}" for i in range(100))
+    for split, rows in records.items():
+        images = cifar_images(rows, 2)
+        assert pairs(getattr(loaded, split)) == pairs((images, rows[:, 1]))
+        source = tfds.data_source("cifar100", data_dir=tmp_path, split=split, download=False)
+        assert source.dataset_info.features["coarse_label"].int2str(3) == "coarse_3"
+        for row in source:
+            i = int(row["id"].decode().removeprefix(f"{split}_"))
+            np.testing.assert_array_equal(row["image"], images[i])
+            assert (row["coarse_label"], row["label"]) == tuple(rows[i, :2])
+
+
+@pytest.fixture
+def svhn(monkeypatch):
+    """Tiny files in SVHN's form, and their contents."""
+    from scipy.io import savemat
+
+    rng, files, contents = np.random.default_rng(3), {}, {}
+    for split, n in (("train", 13), ("test", 5)):
+        images = rng.integers(0, 256, (32, 32, 3, n)).astype(np.uint8)
+        contents[split] = images, np.arange(1, n + 1).astype(np.uint8)[:, None] % 10 + 1
+        buffer = io.BytesIO()
+        savemat(buffer, {"X": images, "y": contents[split][1]}, do_compression=True)
+        files[f"{split}_32x32.mat"] = buffer.getvalue()
+    register(monkeypatch, files | {"extra_32x32.mat": b"1.3 GB"})
+    return files, contents
+
+
+def test_svhn_calls_ten_zero_and_needs_no_extra_file(svhn, tmp_path):
+    import tensorflow_datasets as tfds
+
+    files, contents = svhn
+    write(tmp_path / "svhn_cropped", files)
+    loaded = data.load("svhn_cropped", tmp_path)
+    assert loaded.classes == tuple("0123456789")
+    for split, (images, labels) in contents.items():
+        digits = [0 if label == 10 else int(label) for label in labels[:, 0]]
+        rows = [images[..., i] for i in range(len(digits))]
+        assert pairs(getattr(loaded, split)) == pairs((rows, digits))
+        source = tfds.data_source("svhn_cropped", data_dir=tmp_path, split=split, download=False)
+        assert {row["id"].decode(): row["label"] for row in source} == {
+            f"{split}_{i:06d}": digit for i, digit in enumerate(digits)
+        }
+
+
+def test_not_a_file_of_svhn(svhn, tmp_path, monkeypatch):
+    from scipy.io import savemat
+
+    files, contents = svhn
+    images, labels = contents["train"]
+    for wrong in ({"X": images[:-1], "y": labels}, {"X": images, "y": labels - 1}, {"X": images, "y": labels[1:]}):
+        buffer = io.BytesIO()
+        savemat(buffer, wrong)
+        changed = files | {"train_32x32.mat": buffer.getvalue()}
+        register(monkeypatch, changed)
+        write(tmp_path, changed)
+        with pytest.raises(data.DataError, match=r"train_32x32\.mat is not a file of SVHN's cropped digits"):
+            data.load("svhn_cropped", tmp_path)
+        assert everything(tmp_path) == sorted(changed)
+
+
+@pytest.mark.parametrize("name", ["cifar100", "svhn_cropped"])
+def test_damaged_original_and_damaged_prepared_folder(name, cifar100_files, svhn, monkeypatch, tmp_path):
+    files = cifar100_files[0] if name == "cifar100" else svhn[0]
+    register(monkeypatch, files)
+    harmed, good = next(iter(files.items()))
+    write(tmp_path, files | {harmed: good[: len(good) // 2]})
+    before = everything(tmp_path)
+    with pytest.raises(data.DataError, match=f"{harmed} is not the registered file: expected {len(good)} bytes"):
+        data.load(name, tmp_path)
+    assert everything(tmp_path) == before
+    write(tmp_path, files)
+    data.load(name, tmp_path)
+    (folder,) = (tmp_path / name).iterdir()
+    _truncate(folder)
+    with pytest.raises(data.DataError, match="Delete that folder and load again"):
+        data.load(name, tmp_path)
 
 
 def test_environment_names_the_folder(mnist_files, tmp_path, monkeypatch):
@@ -338,7 +451,7 @@ def test_nothing_heavy_is_imported_and_nothing_is_printed(mnist_files, tmp_path)
     program = f"""
 import logging, sys
 import jaxnets.data
-heavy = {{"tensorflow_datasets", "sklearn", "PIL"}} & set(sys.modules)
+heavy = {{"tensorflow_datasets", "grain", "sklearn", "PIL"}} & set(sys.modules)
 jaxnets.data.load("mnist", {str(tmp_path)!r})
 ok = not heavy and "tensorflow" not in sys.modules and not logging.root.handlers
 sys.exit(0 if ok else f"{{heavy}} {{logging.root.handlers}}")
@@ -396,9 +509,33 @@ def test_real_mnist(tmp_path):
     assert pairs(loaded.train) == pairs(published.splits["train"][:2])
     source = tfds.data_source("mnist", data_dir=tmp_path / "d", split="train", download=False)
     assert len(source) == 60000
+    rows = data.open_images("mnist", "train", tmp_path / "d")
+    assert len(rows) == 60000
     for i in (0, 1, 59999):
         np.testing.assert_array_equal(source[i]["image"], loaded.train.images[i])
-        assert source[i]["label"] == loaded.train.labels[i]
+        np.testing.assert_array_equal(rows[i]["image"], loaded.train.images[i].repeat(3, -1))
+        assert source[i]["label"] == rows[i]["label"] == loaded.train.labels[i]
+
+
+@needs
+def test_real_cifar10(tmp_path):
+    folder = Path(REAL or "") / "cifar10"
+    if not (folder / "3.0.2").is_dir() and not (folder / "cifar-10-binary.tar.gz").is_file():
+        pytest.skip(f"neither a prepared folder nor the original file in {folder}")
+    (tmp_path / "cifar10").symlink_to(folder)
+    loaded = data.load("cifar10", tmp_path)
+    assert " ".join(loaded.classes) == "airplane automobile bird cat deer dog frog horse ship truck"
+    assert np.bincount(loaded.train.labels).tolist() == [5000] * 10
+    assert np.bincount(loaded.test.labels).tolist() == [1000] * 10
+    means = loaded.train.images.mean((0, 1, 2)) / 255  # 0.4914, 0.4822, 0.4465 in many published recipes
+    np.testing.assert_allclose(means, [0.4914, 0.4822, 0.4465], atol=2e-4)
+    batches = data.training_batches(
+        data.open_images("cifar10", "train", tmp_path), 64, seed=0, workers=1, transform=lambda rng, image: image
+    )
+    rows = set(pairs(loaded.train))
+    for batch in (next(batches), next(batches)):
+        assert set(pairs((batch["image"], batch["label"]))) <= rows
+    batches.close()
 
 
 @needs

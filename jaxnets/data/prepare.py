@@ -9,7 +9,7 @@ import logging
 import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -20,21 +20,23 @@ from jaxnets.data.originals import DataError, Original, download, find, places, 
 _LOG = logging.getLogger(__name__)
 _IDX_BYTES = 0x08
 _CIFAR_SHAPE = (3, 32, 32)
+_SVHN_SHAPE = (32, 32, 3)
+_LEFT_OUT = ("extra_32x32.mat",)  # 1.3 GB, which `load` has no split for
 
 
 class Rows(NamedTuple):
-    """One split as its original files have it: images uint8 ``[N, H, W, C]``, labels ``[N]``, ids or none."""
+    """One split as its original files have it: images uint8 ``[N, H, W, C]``, labels ``[N]``, and other features."""
 
     images: np.ndarray
     labels: np.ndarray
-    ids: list[str] | None = None
+    others: Mapping[str, Sequence[Any]] = {}
 
 
 class Parsed(NamedTuple):
-    """The splits by name, and the class names where the original files state them."""
+    """The splits by name, and the class names by feature where the original files state them."""
 
     splits: dict[str, Rows]
-    classes: list[str] | None = None
+    classes: Mapping[str, list[str]] = {}
 
 
 def can_hold(root: Path, name: str) -> bool:
@@ -62,7 +64,8 @@ def prepare(name: str, roots: list[Path]) -> Path:
     checked first. The folder appears whole or not at all; where another process was quicker, its folder is kept.
     Raises `DataError` where a file is missing or altered, or no root is writable.
     """
-    originals, folders = registered(name), places(roots, name)
+    originals = [original for original in registered(name) if original.file not in _LEFT_OUT]
+    folders = places(roots, name)
     found = {original: find(original, folders) for original in originals}
     missing = [original for original, path in found.items() if path is None]
     target = next((root for root in roots if can_hold(root, name)), None)
@@ -124,8 +127,8 @@ def _build(name: str, parsed: Parsed, scratch: Path) -> Path:
                 name = stock.name
 
                 def _split_generators(self, dl_manager):
-                    if parsed.classes is not None:
-                        self.info.features["label"].names = parsed.classes
+                    for feature, classes in parsed.classes.items():
+                        self.info.features[feature].names = classes
                     return {split: self._generate_examples(rows) for split, rows in parsed.splits.items()}
 
                 def _generate_examples(self, rows):
@@ -142,8 +145,7 @@ def _examples(rows: Rows) -> Iterator[tuple[int, dict[str, Any]]]:
 
     for i, (pixels, label) in enumerate(zip(rows.images, rows.labels, strict=True)):
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        row = {"image": image, "label": int(label)}
-        yield i, row if rows.ids is None else row | {"id": rows.ids[i]}
+        yield i, {"image": image, "label": int(label)} | {name: values[i] for name, values in rows.others.items()}
 
 
 def _parse_mnist(paths: Mapping[str, Path]) -> Parsed:
@@ -169,23 +171,59 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
 
 
 def _parse_cifar10(paths: Mapping[str, Path]) -> Parsed:
-    (path,) = paths.values()
-    with tarfile.open(path) as archive:
-        files = {PurePosixPath(m.name).name: f.read() for m in archive if (f := archive.extractfile(m)) is not None}
+    files = _read_tar(*paths.values())
     train = b"".join(files[f"data_batch_{i}.bin"] for i in range(1, 6))
-    classes = files["batches.meta.txt"].decode().split()
-    return Parsed({"train": _cifar_rows(train, "train"), "test": _cifar_rows(files["test_batch.bin"], "test")}, classes)
+    splits = {"train": train, "test": files["test_batch.bin"]}
+    return _parse_cifar(splits, {"label": files["batches.meta.txt"]})
 
 
-def _cifar_rows(content: bytes, split: str) -> Rows:
-    """Reads CIFAR-10's records: a label byte, then the red, green and blue planes."""
-    records = np.frombuffer(content, np.uint8).reshape(-1, 1 + int(np.prod(_CIFAR_SHAPE)))
-    images = np.ascontiguousarray(records[:, 1:].reshape(-1, *_CIFAR_SHAPE).transpose(0, 2, 3, 1))
-    return Rows(images, records[:, 0], [f"{split}_{i:05d}" for i in range(len(records))])
+def _parse_cifar100(paths: Mapping[str, Path]) -> Parsed:
+    files = _read_tar(*paths.values())
+    names = {"coarse_label": files["coarse_label_names.txt"], "label": files["fine_label_names.txt"]}
+    return _parse_cifar({split: files[f"{split}.bin"] for split in ("train", "test")}, names)
+
+
+def _read_tar(path: Path) -> dict[str, bytes]:
+    """Returns the contents of a tar archive by file name, without folders."""
+    with tarfile.open(path) as archive:
+        return {PurePosixPath(m.name).name: f.read() for m in archive if (f := archive.extractfile(m)) is not None}
+
+
+def _parse_cifar(splits: Mapping[str, bytes], names: Mapping[str, bytes]) -> Parsed:
+    """Reads CIFAR's records: a byte for each label in the order of ``names``, then red, green and blue planes."""
+    rows = {split: _cifar_rows(content, split, list(names)) for split, content in splits.items()}
+    return Parsed(rows, {label: text.decode().split() for label, text in names.items()})
+
+
+def _cifar_rows(content: bytes, split: str, label_names: list[str]) -> Rows:
+    records = np.frombuffer(content, np.uint8).reshape(-1, len(label_names) + int(np.prod(_CIFAR_SHAPE)))
+    planes = records[:, len(label_names) :].reshape(-1, *_CIFAR_SHAPE)
+    columns = {label: records[:, i].tolist() for i, label in enumerate(label_names)}
+    ids = [f"{split}_{i:05d}" for i in range(len(records))]
+    labels = np.array(columns.pop("label"))
+    return Rows(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels, columns | {"id": ids})
+
+
+def _parse_svhn(paths: Mapping[str, Path]) -> Parsed:
+    return Parsed({split: _svhn_rows(paths[f"{split}_32x32.mat"], split) for split in ("train", "test")})
+
+
+def _svhn_rows(path: Path, split: str) -> Rows:
+    """Reads SVHN's cropped digits: ``X`` uint8 ``[32, 32, 3, N]`` and ``y`` ``[N, 1]`` in 1..10, 10 for digit 0."""
+    from scipy.io import loadmat
+
+    content = loadmat(path, variable_names=("X", "y"))
+    images, labels = content["X"], content["y"].reshape(-1)
+    if images.shape != (*_SVHN_SHAPE, len(labels)) or labels.min() < 1 or labels.max() > 10:
+        raise DataError(f"{path} is not a file of SVHN's cropped digits: X has shape {images.shape}, y {labels.shape}.")
+    ids = [f"{split}_{i:06d}" for i in range(len(labels))]
+    return Rows(np.ascontiguousarray(np.moveaxis(images, -1, 0)), labels % 10, {"id": ids})
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Path]], Parsed]] = {
     "mnist": _parse_mnist,
     "fashion_mnist": _parse_mnist,
     "cifar10": _parse_cifar10,
+    "cifar100": _parse_cifar100,
+    "svhn_cropped": _parse_svhn,
 }

@@ -1,4 +1,4 @@
-"""Whole data sets as arrays of bytes: scikit-learn's digits, and MNIST, Fashion-MNIST and CIFAR-10 through TFDS."""
+"""Whole data sets as arrays of bytes: scikit-learn's digits, and MNIST, its likes, CIFAR and SVHN through TFDS."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 from jaxnets.data.originals import DataError, quiet_tfds
 from jaxnets.data.prepare import can_hold, prepare
 
-NAMES = ("digits", "mnist", "fashion_mnist", "cifar10")
+NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped")
 """The data sets that `load` knows."""
 
 _DIGITS_TEST_ROWS = 360
@@ -18,6 +18,8 @@ _METADATA = {
     "mnist": ("dataset_info.json", "features.json"),  # its classes have numbers only
     "fashion_mnist": ("dataset_info.json", "features.json", "label.labels.txt"),
     "cifar10": ("dataset_info.json", "features.json", "label.labels.txt"),
+    "cifar100": ("dataset_info.json", "features.json", "label.labels.txt"),
+    "svhn_cropped": ("dataset_info.json", "features.json"),
 }
 
 
@@ -48,7 +50,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     there: a fixed shuffle of the published order. Where they are not prepared, the original files are looked for in
     ``data_dir`` and ``data_dir/<name>``, otherwise downloaded, checked against the SHA-256 that tensorflow-datasets
     registers, and prepared once. A folder found prepared is taken as it is: its records carry their own checksums,
-    which show damage and not where they came from.
+    which show damage and not where they came from. Labels of ``cifar100`` are the 100 fine ones; ``svhn_cropped`` is
+    prepared without its 531131 extra rows.
 
     ``data_dir`` defaults to the environment variable ``JAXNETS_DATA``, then to tensorflow-datasets' own folder
     (``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``), which also takes the prepared form where ``data_dir`` is
@@ -63,7 +66,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")
     if name == "digits":
         return _digits()
-    roots = _roots(name, data_dir)
+    roots = folders(name, data_dir)
     with quiet_tfds() as tfds:
         version = str(tfds.builder_cls(name).VERSION)
     root = next((root for root in roots if (root / name / version).is_dir()), None)
@@ -82,7 +85,7 @@ def _digits() -> Dataset:
     return Dataset("digits", tuple(str(digit) for digit in range(10)), train, test)
 
 
-def _roots(name: str, data_dir: str | os.PathLike[str] | None) -> list[Path]:
+def folders(name: str, data_dir: str | os.PathLike[str] | None) -> list[Path]:
     """Returns the folders to look into: ``data_dir`` and, where that is read-only, tensorflow-datasets' own."""
     with quiet_tfds():
         from tensorflow_datasets.core.constants import get_default_data_dir
