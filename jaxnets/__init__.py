@@ -26,20 +26,21 @@ if TYPE_CHECKING:
         transferability,
         types,
         verification,
+        weights,
     )
-    from jaxnets.classifier import Classifier, from_linen
+    from jaxnets.classifier import Classifier, from_linen, normalized
     from jaxnets.threats import L0, L1, L2, Linf, Masked
 
 __version__ = "0.1.0"
 
 __all__ = [
     "L0", "L1", "L2", "Classifier", "Linf", "Masked", "attacks", "checkpoint", "data", "diagnostics", "evaluation",
-    "fit", "from_linen", "losses", "models", "objectives", "optimizers", "parallel", "plots", "substitute", "threats",
-    "training", "transferability", "types", "verification",
+    "fit", "from_linen", "losses", "models", "normalized", "objectives", "optimizers", "parallel", "plots",
+    "substitute", "threats", "training", "transferability", "types", "verification", "weights",
 ]  # fmt: skip
 
 _HOMES = {
-    "Classifier": "classifier", "from_linen": "classifier",
+    "Classifier": "classifier", "from_linen": "classifier", "normalized": "classifier",
     "L0": "threats", "L1": "threats", "L2": "threats", "Linf": "threats",
     "Masked": "threats",
 }  # fmt: skip

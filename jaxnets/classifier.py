@@ -1,10 +1,12 @@
-"""The bridge from Flax: a network as a tuple of pure functions."""
+"""The bridge from Flax: a network as a tuple of pure functions, and one behind a layer that normalises."""
 
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import numpy as np
+from flax import traverse_util
 from jax.tree_util import Partial
 
 from jaxnets.types import Array, Params, Stats
@@ -17,11 +19,15 @@ class Classifier(NamedTuple):
       init: ``(key, x[B, ...]) -> (params, stats)``.
       infer: ``(params, stats, x) -> logits[B, K]``, in inference mode: nothing is random, no statistics move.
       train: ``(params, stats, x, key) -> (logits, stats)``: batch statistics move, dropout draws from ``key``.
+      activations: ``(params, stats, x, key=None) -> (logits, stats, {name: array[B, ...]})``: in inference mode without
+        a key, else as ``train``; with what every layer and block gives, by its path, such as ``layer1_0/conv2``. In a
+        compiled program only those that are used are computed.
     """
 
     init: Callable[[Array, Array], tuple[Params, Stats]]
     infer: Callable[[Params, Stats, Array], Array]
     train: Callable[[Params, Stats, Array, Array], tuple[Array, Stats]]
+    activations: Callable[..., tuple[Array, Stats, dict[str, Array]]]
 
     def logits_fn(self, params: Params, stats: Stats) -> Partial:
         """``x -> logits`` that is itself a pytree: a jitted attack takes new parameters without a new trace."""
@@ -61,4 +67,58 @@ def from_linen(module: nn.Module) -> Classifier:
         )
         return logits, dict(moved)
 
-    return Classifier(init, infer, train)
+    def activations(
+        params: Params, stats: Stats, x: Array, key: Array | None = None
+    ) -> tuple[Array, Stats, dict[str, Array]]:
+        training = key is not None
+        settings: dict[str, Any] = {"rngs": {"dropout": key}} if training else {}
+        moving = list(stats) if training else []
+        logits, moved = module.apply(
+            {"params": params, **stats}, x, mutable=[*moving, "intermediates"], capture_intermediates=True,
+            **settings, **mode(training),
+        )  # fmt: skip
+        captured = _by_path(moved["intermediates"])  # pyright: ignore
+        return logits, {name: moved.get(name, stats[name]) for name in stats}, captured
+
+    return Classifier(init, infer, train, activations)
+
+
+def _by_path(captured: dict[str, Any]) -> dict[str, Array]:
+    """What modules gave, a module that was called several times with the number of the call after its path."""
+    named = {}
+    for (*path, _), values in traverse_util.flatten_dict(captured).items():
+        for number, value in enumerate(values):  # pyright: ignore
+            named["/".join(path) + (f"#{number}" if number else "")] = value
+    # The whole network's path is empty, and what it gave are the logits.
+    return {name: value for name, value in named.items() if name}
+
+
+def normalized(net: Classifier, mean: Any, std: Any) -> Classifier:
+    """The network behind a first layer ``(x - mean) / std``: attacks, threats and data stay in the units of the data.
+
+    Args:
+      net: what takes normalised images.
+      mean, std: scalars or ``[C]``, in the units of the data.
+
+    Raises:
+      ValueError: where ``std`` is not positive.
+
+    >>> import jax, jax.numpy as jnp
+    >>> net = normalized(from_linen(nn.Dense(3, use_bias=False)), mean=0.5, std=0.25)
+    >>> params, stats = net.init(jax.random.key(0), jnp.ones((2, 4)))
+    >>> print(net.logits_fn(params, stats)(jnp.full((1, 4), 0.5)))
+    [[0. 0. 0.]]
+    """
+    mean, std = np.asarray(mean, float), np.asarray(std, float)
+    if not (std > 0).all():
+        raise ValueError(f"standard deviations must be above 0, got {std.tolist()}")
+
+    def scaled(x: Array) -> Array:
+        return ((x - mean) / std).astype(x.dtype)
+
+    return Classifier(
+        lambda key, x: net.init(key, scaled(x)),
+        lambda params, stats, x: net.infer(params, stats, scaled(x)),
+        lambda params, stats, x, key: net.train(params, stats, scaled(x), key),
+        lambda params, stats, x, key=None: net.activations(params, stats, scaled(x), key),
+    )

@@ -13,8 +13,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-DataName = Literal["digits", "mnist", "fashion_mnist", "cifar10"]
-ModelName = Literal["small_cnn", "mlp", "lenet5", "lenet5_modern", "madry_cnn", "resnet18"]
+DataName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped"]
+ModelName = Literal[
+    "perceptron", "mlp", "rbf_network", "lenet5", "lenet5_modern", "small_cnn", "madry_cnn", "alexnet", "zfnet",
+    "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn", "googlenet", "resnet18",
+    "resnet34", "resnet50", "resnet101", "resnet152", "preact_resnet18", "preact_resnet34", "preact_resnet50",
+    "wide_resnet28_10", "wide_resnet34_10", "wide_resnet70_16", "vit_small",
+]  # fmt: skip
 ObjectiveName = Literal["adversarial", "standard"]
 ThreatName = Literal["linf", "l2", "l1"]
 AttackName = Literal["pgd", "fgsm"]
@@ -115,10 +120,25 @@ class Verify:
     """Where data is; unless given that of the run's training."""
 
 
+@dataclass(frozen=True)
+class Summary:
+    """Print the layers of a network, what they give, and what they cost; nothing is trained or computed."""
+
+    model: Annotated[ModelName, tyro.conf.Positional]
+    """The network."""
+    image: tuple[int, int, int] | None = None
+    """Height, width and channels of the images; unless given those that the network was published for."""
+    classes: int | None = None
+    """Number of logits; unless given that of the data that the network was published for."""
+    depth: int = 1
+    """1 for blocks, 2 for their parts, and so on."""
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Summary, tyro.conf.subcommand("summary")]
 )
 
 
@@ -140,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Verify:
+def _parse(arguments: list[str]) -> Train | Evaluate | Verify | Summary:
     said = io.StringIO()
     os.environ.setdefault("COLUMNS", "100")
     try:

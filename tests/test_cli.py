@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from jaxnets import cli, data
-from jaxnets.commands import evaluate, run, train
+from jaxnets.commands import evaluate, networks, run, train
 
 FAST = ["--model", "mlp", "--epochs", "2", "--steps", "2", "--examples", "40"]
 
@@ -26,7 +26,7 @@ def refusal(capsys, *arguments):
 
 @pytest.mark.parametrize(("names", "table"), [
     (cli.DataName, data.NAMES),
-    (cli.ModelName, run.MODELS),
+    (cli.ModelName, networks.MODELS),
     (cli.ObjectiveName, train.OBJECTIVES),
     (cli.ThreatName, run.THREATS),
     (cli.AttackName, train.ATTACKS),

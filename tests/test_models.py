@@ -224,38 +224,6 @@ def test_parameter_counts(name):
     assert jax.eval_shape(net.infer, params, stats, jnp.zeros((3, 28, 28, 1))).shape == (3, 10)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("resnet18", 11689512),
-        ("resnet34", 21797672),
-        ("resnet50", 25557032),
-        ("resnet101", 44549160),
-        ("resnet152", 60192808),
-    ],
-)
-def test_parameter_counts_of_residual_networks(name, expected):
-    net = jn.from_linen(getattr(jn.models, name)())
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    params, stats = jax.eval_shape(net.init, jax.random.key(0), images)
-    assert count(params) == expected
-    assert jax.eval_shape(net.infer, params, stats, images).shape == (1, 1000)
-
-
-def test_stem_for_small_images_keeps_their_size():
-    net = jn.models.resnet18(10, width=4, stem=jn.models.cifar_stem)
-    x = jnp.zeros((1, 32, 32, 3))
-    _, seen = jax.eval_shape(
-        lambda: net.init_with_output(
-            jax.random.key(0), x, capture_intermediates=True, mutable=["params", "batch_stats", "intermediates"]
-        )
-    )
-    names = [f"layer{stage}_{number}" for stage in (1, 2, 3, 4) for number in (0, 1)]
-    blocks = [seen["intermediates"][name]["__call__"][0].shape for name in names]
-    assert [shape[1] for shape in blocks] == [32, 32, 16, 16, 8, 8, 4, 4]
-    assert [shape[3] for shape in blocks] == [4, 4, 8, 8, 16, 16, 32, 32]
-
-
 def test_sparse_layer_is_the_table_of_the_paper():
     x = jnp.zeros((1, 14, 14, 6))
     module = lenet.SparseC3()

@@ -266,3 +266,29 @@ def test_an_nnx_network_under_attack():
     moved = attack(KEY, Partial(logits, nnx.split(other)[1]), *batch)
     assert len(traces) == count, "new parameters were traced again"
     assert np.abs(moved - x_adv).max() > 1e-3
+
+
+def test_heads_in_the_middle_are_trained_with_the_network():
+    """The value by hand, and a gradient for the heads that is zero without them."""
+    net = jn.from_linen(jn.models.ResNet((1, 1), jn.models.resnet.BasicBlock, 4, 4, jn.models.cifar_stem))
+    x, y = jax.random.uniform(jax.random.key(0), (3, 8, 8, 3)), jnp.array([0, 3, 1])
+    params, stats = net.init(jax.random.key(1), x)
+
+    def train(params, stats, x, key=None):
+        logits, stats, seen = net.activations(params, stats, x, key)
+        return logits, stats, {"aux1": seen["layer1_0"].mean(axis=(1, 2)), "aux2": -2 * seen["layer1_0"][:, 0, 0]}
+
+    with_heads = net._replace(activations=train)
+    value, (moved, metrics) = jn.objectives.auxiliary(with_heads, weight=0.25)(
+        params, stats, jn.types.Batch(x, y), jax.random.key(2)
+    )
+    logits, after, seen = train(params, stats, x, jax.random.key(2))
+    expected = sum(
+        weight * -np.asarray(jax.nn.log_softmax(values))[np.arange(3), y].mean()
+        for weight, values in ((1, logits), (0.25, seen["aux1"]), (0.25, seen["aux2"]))
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert metrics["accuracy"] == np.mean(np.argmax(logits, axis=1) == y)
+    jax.tree.map(np.testing.assert_array_equal, moved, after)
+    with pytest.raises(ValueError, match=r"no activations \['aux1', 'aux2'\]; it has conv1, bn1"):
+        jn.objectives.auxiliary(net)(params, stats, jn.types.Batch(x, y), jax.random.key(2))

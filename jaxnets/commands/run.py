@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnets import data, models
+from jaxnets import data
 from jaxnets.checkpoint import CheckpointError, Checkpoints
 from jaxnets.classifier import Classifier, from_linen
 from jaxnets.cli import Train
+from jaxnets.commands import networks
 from jaxnets.optimizers import triangular
 from jaxnets.threats import L1, L2, Linf, Threat
 from jaxnets.training import TrainState, init_state
@@ -27,14 +28,6 @@ from jaxnets.training import TrainState, init_state
 EXPECTED = (ValueError, OSError, CheckpointError, FloatingPointError)
 """What bad input raises; anything else is a fault of ours and keeps its traceback."""
 
-MODELS: dict[str, Callable[[int], Any]] = {
-    "small_cnn": lambda classes: models.SmallCNN(classes),
-    "mlp": lambda classes: models.MLP(classes=classes),
-    "lenet5": lambda classes: models.LeNet5(),
-    "lenet5_modern": lambda classes: models.LeNet5.modern(classes),
-    "madry_cnn": lambda classes: models.MadryCNN(classes),
-    "resnet18": lambda classes: models.resnet18(classes, stem=models.cifar_stem),
-}
 THREATS: dict[str, Callable[[float], Threat]] = {"linf": Linf, "l2": L2, "l1": L1}
 OPTIMIZERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
     "adamw": lambda rate, decay: optax.adamw(rate, weight_decay=decay),
@@ -80,7 +73,7 @@ def settle(command: Train) -> Settled:
 
 def build(command: Settled) -> Run:
     dataset = data.load(command.data, command.data_dir)
-    net = from_linen(MODELS[command.model](len(dataset.classes)))
+    net = from_linen(networks.module(command.model, len(dataset.classes), dataset.test.images.shape[1:]))
     init_key, train_key, attack_key = jax.random.split(jax.random.key(command.seed), 3)
     x = data.to_float(dataset.test.images[: command.examples])
     params, stats = net.init(init_key, jnp.asarray(x[:1]))

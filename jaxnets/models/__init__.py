@@ -20,15 +20,16 @@ from jaxnets.models.resnet import (
     resnet152,
 )
 from jaxnets.models.small_cnn import SmallCNN
+from jaxnets.models.summary import Summary, summary
 from jaxnets.models.vgg import VGG, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 from jaxnets.models.vit import ViT, vit_small
 from jaxnets.models.wide_resnet import WideResNet, wide_resnet28_10, wide_resnet34_10, wide_resnet70_16
 from jaxnets.models.zfnet import ZFNet
 
 __all__ = [
-    "MLP", "VGG", "AlexNet", "GoogLeNet", "LeNet5", "MadryCNN", "Perceptron", "PreActResNet", "RBFNetwork", "ResNet",
-    "SmallCNN", "ViT", "WideResNet", "ZFNet", "cifar_resnet", "cifar_stem", "imagenet_stem", "preact_resnet18",
-    "preact_resnet34", "preact_resnet50", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vgg11",
-    "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "vit_small", "wide_resnet28_10",
-    "wide_resnet34_10", "wide_resnet70_16",
+    "MLP", "VGG", "AlexNet", "GoogLeNet", "LeNet5", "MadryCNN", "Perceptron", "PreActResNet", "RBFNetwork",
+    "ResNet", "SmallCNN", "Summary", "ViT", "WideResNet", "ZFNet", "cifar_resnet", "cifar_stem", "imagenet_stem",
+    "preact_resnet18", "preact_resnet34", "preact_resnet50", "resnet18", "resnet34", "resnet50", "resnet101",
+    "resnet152", "summary", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn",
+    "vit_small", "wide_resnet28_10", "wide_resnet34_10", "wide_resnet70_16",
 ]  # fmt: skip

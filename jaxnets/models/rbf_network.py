@@ -32,4 +32,5 @@ class RBFNetwork(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         hidden = RadialBasis(self.centers, self.centers_init, self.width)(flatten(x))
-        return nn.Dense(self.classes)(hidden)
+        # From zero, sums of bumps are learnt before the bumps are moved.
+        return nn.Dense(self.classes, kernel_init=nn.initializers.zeros)(hidden)

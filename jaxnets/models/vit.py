@@ -76,4 +76,4 @@ class ViT(nn.Module):
         return nn.Dense(self.classes, dtype=self.dtype, name="head")(x[:, 0])
 
 
-vit_small = partial(ViT, 16, 384, 12, 6)
+vit_small = partial(ViT, patch=16, width=384, depth=12, heads=6)

@@ -1,0 +1,40 @@
+"""Heads in the middle of a network that are trained with it."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from jaxnets.classifier import Classifier
+from jaxnets.losses import cross_entropy
+from jaxnets.types import Array, Batch, Loss, Metrics, Objective, Params, Stats
+
+
+def auxiliary(
+    net: Classifier, *, heads: Sequence[str] = ("aux1", "aux2"), weight: float = 0.3, loss: Loss = cross_entropy
+) -> Objective:
+    """`standard` with a share of the losses of other heads: ``mean loss(f(x), y) + weight sum_h mean loss(h(x), y)``.
+
+    They give the first layers of a deep network a gradient of their own. The accuracy is that of the network's logits.
+
+    Args:
+      net: as for `standard`; its activations of the names ``heads`` are logits ``[B, K]``.
+      heads: those of `GoogLeNet` unless given.
+      weight: of each head.
+      loss: of each.
+
+    Raises:
+      ValueError: for a name that no activation has.
+
+    Szegedy et al. 2015, https://arxiv.org/abs/1409.4842.
+    """
+
+    def objective(params: Params, stats: Stats, batch: Batch, key: Array) -> tuple[Array, tuple[Stats, Metrics]]:
+        logits, stats, activations = net.activations(params, stats, batch.x, key)
+        absent = [head for head in heads if head not in activations]
+        if absent:
+            raise ValueError(f"the network has no activations {absent}; it has {', '.join(activations)}")
+        of_heads = sum(jnp.mean(loss(activations[head], batch.y)) for head in heads)
+        value = jnp.mean(loss(logits, batch.y)) + weight * of_heads
+        return value, (stats, {"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == batch.y)})
+
+    return objective

@@ -1,0 +1,246 @@
+"""The published networks: their sizes to the parameter, the maps inside, and what every family can be used for."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxnets as jn
+from jaxnets import models
+
+KEY = jax.random.key(0)
+IMAGENET, CIFAR = (224, 224, 3), (32, 32, 3)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def shapes(module, image):
+    """Shapes of parameters and statistics, nothing allocated."""
+    return jax.eval_shape(jn.from_linen(module).init, KEY, jax.ShapeDtypeStruct((1, *image), jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("make", "image", "expected"),
+    [
+        (models.AlexNet, IMAGENET, 60_965_224),
+        (models.AlexNet.one_column, IMAGENET, 61_100_840),
+        (models.ZFNet, IMAGENET, 62_357_608),
+        (models.vgg11, IMAGENET, 132_863_336),
+        (models.vgg13, IMAGENET, 133_047_848),
+        (models.vgg16, IMAGENET, 138_357_544),
+        (models.vgg19, IMAGENET, 143_667_240),
+        (models.vgg11_bn, IMAGENET, 132_868_840),
+        (models.vgg13_bn, IMAGENET, 133_053_736),
+        (models.vgg16_bn, IMAGENET, 138_365_992),
+        (models.vgg19_bn, IMAGENET, 143_678_248),
+        (models.resnet18, IMAGENET, 11_689_512),
+        (models.resnet34, IMAGENET, 21_797_672),
+        (models.resnet50, IMAGENET, 25_557_032),
+        (models.resnet101, IMAGENET, 44_549_160),
+        (models.resnet152, IMAGENET, 60_192_808),
+        (models.vit_small, IMAGENET, 22_050_664),
+        (partial(models.cifar_resnet, 20), CIFAR, 269_722),
+        (partial(models.cifar_resnet, 56), CIFAR, 853_018),
+        (partial(models.cifar_resnet, 110), CIFAR, 1_727_962),
+        (models.preact_resnet18, CIFAR, 11_172_170),
+        (models.wide_resnet28_10, CIFAR, 36_479_194),
+        (models.wide_resnet34_10, CIFAR, 46_160_474),
+        (models.wide_resnet70_16, CIFAR, 266_796_506),
+    ],
+)
+def test_parameter_counts(make, image, expected):
+    assert count(shapes(make(), image)[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "expected", "heads"),
+    [(models.GoogLeNet, 6_998_552, 6_379_728), (models.GoogLeNet.with_batch_norm, 6_624_904, 6_379_984)],
+)
+def test_parameter_counts_of_googlenet(make, expected, heads):
+    params, _ = shapes(make(), IMAGENET)
+    auxiliary = [params.pop(name) for name in ("aux1", "aux2")]
+    assert count(params) == expected
+    assert count(auxiliary) == heads
+
+
+@pytest.mark.parametrize(
+    ("make", "sides"),
+    [
+        (models.AlexNet, {"conv1": 27, "conv2": 13, "conv3": 13, "conv4": 13, "conv5": 6}),
+        (models.ZFNet, {"conv1": 55, "conv2": 13, "conv3": 13, "conv4": 13, "conv5": 6}),
+        (models.vgg16, {"stage1/conv1_1": 224, "stage1": 112, "stage2": 56, "stage3": 28, "stage4": 14, "stage5": 7}),
+        (models.GoogLeNet, {"conv1": 56, "conv3": 28, "inception3b": 28, "inception4a": 14, "inception5b": 7}),
+        (models.GoogLeNet.with_batch_norm, {"conv1": 56, "conv3": 28, "inception4e": 14, "inception5a": 7}),
+        (models.resnet50, {"conv1": 112, "layer1_0": 56, "layer2_0": 28, "layer3_0": 14, "layer4_2": 7}),
+    ],
+)
+def test_sizes_of_maps(make, sides):
+    """Those of the papers' figures and tables."""
+    net = jn.from_linen(make())
+    image = jax.ShapeDtypeStruct((1, *IMAGENET), jnp.float32)
+    logits, _, seen = jax.eval_shape(net.activations, *shapes(make(), IMAGENET), image)
+    assert {name: seen[name].shape[1:3] for name in sides} == {name: (side, side) for name, side in sides.items()}
+    assert logits.shape == (1, 1000)
+
+
+def test_auxiliary_heads_see_four_by_four_places():
+    seen = jax.eval_shape(
+        jn.from_linen(models.GoogLeNet()).activations,
+        *shapes(models.GoogLeNet(), IMAGENET),
+        jax.ShapeDtypeStruct((1, *IMAGENET), jnp.float32),
+    )[2]
+    assert seen["aux1/conv"].shape == seen["aux2/conv"].shape == (1, 4, 4, 128)
+
+
+def test_stem_for_small_images_keeps_their_size():
+    net = jn.from_linen(models.resnet18(10, width=4, stem=models.cifar_stem))
+    x = jnp.zeros((1, *CIFAR))
+    seen = jax.eval_shape(lambda: net.activations(*net.init(KEY, x), x)[2])
+    blocks = [seen[f"layer{stage}_{number}"].shape for stage in (1, 2, 3, 4) for number in (0, 1)]
+    assert [shape[1] for shape in blocks] == [32, 32, 16, 16, 8, 8, 4, 4]
+    assert [shape[3] for shape in blocks] == [4, 4, 8, 8, 16, 16, 32, 32]
+
+
+def test_plain_network_has_no_shortcut():
+    """Where all its convolutions are zero nothing comes through, but for the path past them."""
+    x = jax.random.uniform(KEY, (2, *CIFAR))
+    for shortcut, passes in ((models.resnet.Padded, True), (models.resnet.NoShortcut, False)):
+        net = jn.from_linen(models.cifar_resnet(8, shortcut=shortcut))
+        params, stats = net.init(KEY, x)
+        params = {
+            name: jax.tree.map(jnp.zeros_like, part) if name.startswith("layer") else part
+            for name, part in params.items()
+        }
+        assert bool(jnp.any(net.activations(params, stats, x)[2]["layer3_0"] != 0)) == passes
+
+
+FAMILIES = {
+    "alexnet": partial(models.AlexNet.small, width=12),
+    "zfnet": partial(models.ZFNet.small, width=12),
+    "vgg": partial(models.vgg11, 10, width=4, hidden=16, places=1),
+    "vgg_bn": partial(models.vgg11_bn, 10, width=4, hidden=16, places=1),
+    "googlenet": partial(models.GoogLeNet.small, width=1 / 16),
+    "resnet": partial(models.ResNet, (1, 1), models.resnet.BasicBlock, 10, 4, models.cifar_stem),
+    "bottleneck": partial(models.ResNet, (1, 1), models.resnet.Bottleneck, 10, 4, models.cifar_stem),
+    "preact_resnet": partial(models.PreActResNet, (1, 1), width=4),
+    "preact_bottleneck": partial(models.PreActResNet, (1, 1), models.preact_resnet.PreActBottleneck, width=4),
+    "wide_resnet": partial(models.WideResNet, 10, 1),
+    "vit": partial(models.ViT, patch=8, width=24, depth=2, heads=3, classes=10),
+}
+QUICK = ("vit",)
+every_family = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+
+
+def built(name, **settings):
+    net, x = jn.from_linen(FAMILIES[name](**settings)), jax.random.uniform(KEY, (4, *CIFAR))
+    return net, *net.init(KEY, x), x
+
+
+@every_family
+def test_forgetting_changes_nothing(name):
+    """With ``remat``: the same parameters, values, gradients and statistics."""
+    plain, params, stats, x = built(name)
+    forgetful, *same, _ = built(name, remat=True)
+    jax.tree.map(np.testing.assert_array_equal, (params, stats), tuple(same))
+
+    def loss(net, params):
+        logits, moved = net.train(params, stats, x, KEY)
+        return jnp.sum(logits**2), moved
+
+    (value, moved), gradient = jax.jit(jax.value_and_grad(partial(loss, plain), has_aux=True))(params)
+    (again, moved_too), gradient_too = jax.jit(jax.value_and_grad(partial(loss, forgetful), has_aux=True))(params)
+    np.testing.assert_allclose(again, value, rtol=1e-5)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4 * scale)
+    jax.tree.map(close, gradient_too, gradient)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), moved_too, moved)
+
+
+@every_family
+def test_half_precision(name):
+    """In bfloat16 the parameters stay single, and the logits are those of single precision, roughly."""
+    net, params, stats, x = built(name)
+    half, same, _, _ = built(name, dtype=jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    logits, expected = half.infer(params, stats, x), net.infer(params, stats, x)
+    assert logits.dtype == jnp.bfloat16
+    np.testing.assert_allclose(logits.astype(jnp.float32), expected, atol=0.05 * float(jnp.abs(expected).max()))
+    _, moved = half.train(params, stats, x, KEY)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(moved))
+
+
+@every_family
+def test_attacked_and_trained(name):
+    """An adversarial training step in bfloat16 moves every parameter; attacks raise the loss."""
+    net, params, stats, x = built(name, dtype=jnp.bfloat16)
+    y = jnp.arange(4)
+    attack = partial(jn.attacks.pgd, threat=jn.Linf(0.1), steps=3)
+    x_adv = attack(KEY, net.logits_fn(params, stats), x, y)
+    assert x_adv.dtype == jnp.float32
+    before, after = (
+        jn.losses.cross_entropy(net.infer(params, stats, z).astype(jnp.float32), y).mean() for z in (x, x_adv)
+    )
+    assert after > before
+    objective = jn.objectives.adversarial(net, attack)
+    if name == "googlenet":
+        objective = jn.objectives.auxiliary(net)
+    gradient = jax.grad(objective, has_aux=True)(params, stats, jn.types.Batch(x, y), KEY)[0]
+    assert all(bool(jnp.any(leaf != 0)) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("width", [27, 6])
+def test_wide_network_of_an_impossible_depth(width):
+    with pytest.raises(ValueError, match=rf"6 n \+ 4 layers, 10 or more, got depth={width}"):
+        shapes(models.WideResNet(width, 1), CIFAR)
+
+
+def test_other_impossible_wishes():
+    with pytest.raises(ValueError, match=r"6 n \+ 2 layers, 8 or more, got layers=21"):
+        models.cifar_resnet(21)
+    with pytest.raises(ValueError, match="16x16 do not fill an image of 32x40"):
+        shapes(models.vit_small(), (32, 40, 3))
+
+
+# The summary.
+
+
+def test_summary_of_published_networks():
+    """Multiply-adds as counted in the papers and by torchvision, times two."""
+    for make, image, expected in (
+        (models.resnet18, IMAGENET, 1.814e9),
+        (models.resnet50, IMAGENET, 4.089e9),
+        (models.vgg16, IMAGENET, 15.470e9),
+        (models.AlexNet.one_column, IMAGENET, 0.714e9),
+        (models.wide_resnet28_10, CIFAR, 5.245e9),
+    ):
+        found = models.summary(make(), image)
+        assert found.flops == pytest.approx(2 * expected, rel=2e-3)
+        assert found.parameters == count(shapes(make(), image)[0])
+
+
+def test_summary_of_blocks_adds_up():
+    for depth in (1, 2, 3):
+        found = models.summary(models.ViT(patch=8, width=24, depth=2, heads=3, classes=10), CIFAR, depth)
+        top = [layer for layer in found.layers if "/" not in layer.name]
+        assert sum(layer.flops for layer in top) == found.flops
+        # The class token and the positions belong to no layer.
+        assert sum(layer.parameters for layer in top) == found.parameters - 24 - 17 * 24
+        assert max(layer.name.count("/") for layer in found.layers) == depth - 1
+    attention = next(layer for layer in found.layers if layer.name == "block0/attention")
+    assert attention.flops == 4 * 2 * 17 * 24 * 24 + 2 * 2 * 17 * 17 * 24
+
+
+def test_summary_counts_statistics_and_activations():
+    found = models.summary(models.ResNet((1,), models.resnet.BasicBlock, 10, 4, models.cifar_stem), (8, 8, 3))
+    assert found.statistics == 3 * 2 * 4
+    # Convolution and batch norm of the stem and twice of the block, the shortcut, and the logits.
+    assert found.activations == 7 * 8 * 8 * 4 + 10
+    lines = str(found).splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["layer", "conv1", "bn1", "layer1_0", "fc"]
+    assert lines[3].split()[1:] == ["8x8x4", "304", "0.04"]
