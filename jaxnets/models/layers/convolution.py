@@ -17,6 +17,9 @@ _NHWC = lax.conv_dimension_numbers((0, 0, 0, 0), (0, 0, 0, 0), ("NHWC", "HWIO", 
 _FEW_CHANNELS = 4
 """Up to how many a CPU multiplies matrices faster than it convolves."""
 
+_FEW_GROUPS = 8
+"""Up to how many are faster as convolutions of their own on a CPU, which has no fast kernel for groups."""
+
 
 def conv_general_dilated(
     lhs: Array,
@@ -34,7 +37,7 @@ def conv_general_dilated(
     That backend has a fast kernel for convolutions in canonical form (NHWC, HWIO) alone, and rewrites others into it
     only outside loops: the gradients of a convolution in a ``fori_loop`` or ``scan`` are else 5 to 9 times slower. Here
     the tangents are written so that their transposes are canonical; values and all derivatives are those of
-    `lax.conv_general_dilated`, which serves everything but plain two-dimensional convolutions on a CPU.
+    `lax.conv_general_dilated`, which serves everything but two-dimensional convolutions in at most 8 groups on a CPU.
 
     Args:
       lhs: ``[B, H, W, C]``.
@@ -45,13 +48,8 @@ def conv_general_dilated(
     Returns:
       ``[B, H', W', D]``.
     """
-    plain = (
-        lhs.ndim == 4
-        and dimension_numbers == _NHWC
-        and feature_group_count == 1
-        and not any(step != 1 for step in lhs_dilation or ())
-    )
-    if not plain or jax.default_backend() != "cpu":
+    plain = lhs.ndim == 4 and dimension_numbers == _NHWC and not any(step != 1 for step in lhs_dilation or ())
+    if not plain or feature_group_count > _FEW_GROUPS or jax.default_backend() != "cpu":
         return lax.conv_general_dilated(
             lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
             precision=precision,
@@ -60,7 +58,11 @@ def conv_general_dilated(
     if isinstance(padding, str):
         window = [(size - 1) * step + 1 for size, step in zip(rhs.shape[:2], dilation, strict=True)]
         padding = lax.padtype_to_pads(lhs.shape[1:3], window, strides, padding)
-    return _canonical(strides, tuple(map(tuple, padding)), dilation, precision)(lhs, rhs)
+    convolve = _canonical(strides, tuple(map(tuple, padding)), dilation, precision)
+    if feature_group_count == 1:
+        return convolve(lhs, rhs)
+    inputs, kernels = (jnp.split(operand, feature_group_count, axis=3) for operand in (lhs, rhs))
+    return jnp.concatenate([convolve(*group) for group in zip(inputs, kernels, strict=True)], axis=3)
 
 
 @cache

@@ -23,22 +23,26 @@ def max_pool(x: Array, window: Pair = (2, 2), strides: Pair | None = None, paddi
       window: height and width.
       strides: from a window to the next, down and right; windows lie side by side unless given.
       padding: rows above and below, and columns left and right, that never are the maximum. What PyTorch calls
-        ``ceil_mode`` is a padding below and right of one less than the stride.
+        ``ceil_mode`` is a padding below and right of one less than the stride, where no window begins in it.
 
     Returns:
       ``[B, H', W', C]``; rows and columns that fill no window are dropped.
 
     Raises:
-      ValueError: where the image holds no window.
+      ValueError: where the image holds no window, or a window would be of padding alone.
 
     >>> print(max_pool(jnp.arange(25.0).reshape(1, 5, 5, 1), (3, 3), (2, 2))[0, :, :, 0])
     [[12. 14.]
      [22. 24.]]
     """
-    entries = _entries(x, window, strides or window, padding, -jnp.inf)
-    # By choices, not by `jnp.max`: its gradient goes to the entries that equal the maximum, and where a compiler
-    # computes both anew in different fusions they differ by a rounding error, and gradients are lost.
-    return reduce(lambda best, entry: jnp.where((entry > best) | jnp.isnan(entry), entry, best), entries)
+    strides = strides or window
+    for length, size, stride, edges in zip(x.shape[1:3], window, strides, padding, strict=True):
+        _check_filled(length, size, stride, edges)
+    if strides == window:
+        return _largest(_entries(x, window, strides, padding, -jnp.inf))
+    # Of windows that overlap first the rows, then the columns of those: fewer entries, and ties go to the same one.
+    x = _largest(_entries(x, (1, window[1]), (1, strides[1]), ((0, 0), padding[1]), -jnp.inf))
+    return _largest(_entries(x, (window[0], 1), (strides[0], 1), (padding[0], (0, 0)), -jnp.inf))
 
 
 def avg_pool(x: Array, window: Pair = (2, 2), strides: Pair | None = None, padding: tuple[Pair, Pair] = _NONE) -> Array:
@@ -82,6 +86,24 @@ def _entries(x: Array, window: Pair, strides: Pair, padding: tuple[Pair, Pair], 
         return [windows[:, :, row, :, column] for row, column in taps]
     last = [strides[n] * (places[n] - 1) + 1 for n in (0, 1)]
     return [x[:, i : i + last[0] : strides[0], j : j + last[1] : strides[1]] for i, j in taps]
+
+
+def _largest(entries: list[Array]) -> Array:
+    """The first of the largest, by choices.
+
+    Not by `jnp.max`: its gradient goes to the entries that equal the maximum, and where a compiler computes both anew
+    in different fusions they differ by a rounding error, and gradients are lost.
+    """
+    return reduce(lambda best, entry: jnp.where((entry > best) | jnp.isnan(entry), entry, best), entries)
+
+
+def _check_filled(length: int, window: int, stride: int, padding: Pair) -> None:
+    last = (length + sum(padding) - window) // stride * stride
+    if padding[0] >= window or last >= padding[0] + length:
+        raise ValueError(
+            f"a pooling window of padding alone has no maximum: got a length of {length}, windows of {window} every "
+            f"{stride}, padding {padding}"
+        )
 
 
 def _means(length: int, parts: int) -> np.ndarray:

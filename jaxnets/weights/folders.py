@@ -1,0 +1,170 @@
+"""A model as a folder that can be published: ``model.safetensors``, and ``config.json`` that says what it is."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from jaxnets import __version__
+from jaxnets.types import Params, Stats
+from jaxnets.weights.fitting import check_fit
+from jaxnets.weights.reading import import_extra, read_safetensors
+
+FORMAT = 1
+
+_ARRAYS, _CONFIG = "model.safetensors", "config.json"
+_KEPT = {
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+    "bfloat16", "float16", "float32", "float64",
+}  # fmt: skip
+
+
+class Published(NamedTuple):
+    """A model as it was saved: trees of NumPy arrays, and what the one who saved it said of it."""
+
+    params: Params
+    stats: Stats
+    config: dict[str, Any]
+
+
+def save(folder: str | Path, params: Params, stats: Stats, config: Mapping[str, Any]) -> None:
+    """Writes a new folder, whole or not at all.
+
+    With the model's name on the command line, the number of classes and the shape of an image in ``config``, as in
+    ``{"model": "resnet18", "classes": 10, "image": [32, 32, 3]}``, the network can be built again.
+
+    Args:
+      folder: that is not there yet, or is empty.
+      params, stats: nested dicts of arrays, as Flax has them.
+      config: anything that JSON can hold.
+
+    Raises:
+      ValueError: where something is in the folder, or trees or configuration hold something else.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, {"Dense_0": {"bias": np.zeros(3)}}, {}, {"model": "mlp", "classes": 3})
+    ...     load(folder)
+    Published(params={'Dense_0': {'bias': array([0., 0., 0.])}}, stats={}, config={'model': 'mlp', 'classes': 3})
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already: choose another folder, or delete it")
+    arrays = _flat({"params": params, "stats": stats})
+    text = _config_text(config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        draft = Path(scratch) / "model"
+        draft.mkdir()
+        safetensors.numpy.save_file(arrays, draft / _ARRAYS)
+        (draft / _CONFIG).write_text(text)
+        draft.rename(folder)
+
+
+def load(folder: str | Path, like: tuple[Params, Stats] | None = None) -> Published:
+    """Reads a folder that `save` wrote: the same trees, bit for bit. One from the hub is fetched first, by `fetch`.
+
+    Args:
+      folder: the folder.
+      like: parameters and statistics, or their shapes, of the network that they are for.
+
+    Raises:
+      ValueError: where it is no such folder, is damaged or newer than this version; where names or shapes are not those
+        of ``like``, with all of them.
+    """
+    folder = Path(folder)
+    if not (folder / _CONFIG).is_file() or not (folder / _ARRAYS).is_file():
+        raise ValueError(
+            f"{folder} holds no model: it lacks {_CONFIG} or {_ARRAYS}. A model from the Hugging Face hub is "
+            'fetched first: load(fetch("user/repo"))'
+        )
+    config = _read_config(folder / _CONFIG)
+    arrays = read_safetensors(folder / _ARRAYS)
+    if like is not None:
+        wanted = _names({"params": like[0], "stats": like[1]})
+        check_fit(_shapes(wanted), _shapes(arrays), str(folder))
+    tree = _nested(arrays)
+    if not tree.keys() <= {"params", "stats"}:
+        raise ValueError(f"{folder / _ARRAYS} is not of jaxnets: it holds {', '.join(tree)}, not params and stats")
+    return Published(tree.get("params", {}), tree.get("stats", {}), config)
+
+
+def fetch(name: str, *, revision: str | None = None) -> Path:
+    """The folder ``name`` where there is one, else the model ``user/repo`` of the Hugging Face hub, in its local cache.
+
+    Args:
+      name: of a folder, or of a repository on the hub.
+      revision: a branch, tag or commit there; the main branch unless given.
+
+    Raises:
+      ImportError: where the extra ``hub`` is needed and not installed.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    hub = import_extra("huggingface_hub", f"{name} is no folder, and fetching it from the hub", '"jaxnets[hub]"')
+    return Path(hub.snapshot_download(name, revision=revision, allow_patterns=[_ARRAYS, _CONFIG]))
+
+
+def _names(tree: Any) -> dict[str, Any]:
+    """Leaves by their paths, joined by slashes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
+
+
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in arrays.items()}
+
+
+def _flat(tree: Any) -> dict[str, np.ndarray]:
+    # In C order, as safetensors writes the memory of an array without regard for its strides.
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in _names(tree).items()}
+    other = sorted({str(array.dtype) for array in arrays.values()} - _KEPT)
+    if other:
+        raise ValueError(f"arrays of these dtypes cannot be saved: {', '.join(other)}; take one of {sorted(_KEPT)}")
+    again = {"params": {}, "stats": {}} | _nested(arrays)
+    if jax.tree.structure(again) != jax.tree.structure(tree):
+        raise ValueError(
+            "only nested dicts of arrays can be saved, none of them empty, with names that have no '/': got "
+            f"{jax.tree.structure(tree)}"
+        )
+    return arrays
+
+
+def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *folders, leaf = name.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[leaf] = array
+    return tree
+
+
+def _config_text(config: Mapping[str, Any]) -> str:
+    packages = ("jax", "flax", "numpy", "safetensors")
+    versions = {"jaxnets": __version__, **{name: metadata.version(name) for name in packages}}
+    about = {"format": FORMAT, "versions": versions, "config": dict(config)}
+    try:
+        text = json.dumps(about, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config must be what JSON can hold: {error}") from error
+    if json.loads(text) != about:
+        raise ValueError(f"config would not be the same again: names must be strings and lists no tuples, got {config}")
+    return text
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(file.read_text())
+        number, config = about["format"], about["config"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged or not of jaxnets ({error!r}): get it again") from error
+    if number != FORMAT:
+        raise ValueError(f"{file} is of format {number}, this version reads {FORMAT}: take another jaxnets")
+    return config
