@@ -1,4 +1,4 @@
-"""Signs that gradients are masked, so that a model looks more robust than it is."""
+"""Signs of masked gradients, which make a model look more robust than it is, and of gradients that fade with depth."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,10 +16,11 @@ from jaxnets.attacks.parts.calling import as_pytree
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.on_host import attack_rows, host_keys
 from jaxnets.attacks.square import square
+from jaxnets.classifier import Classifier
 from jaxnets.evaluation import evaluate
 from jaxnets.losses import cross_entropy, margin
 from jaxnets.threats import Threat
-from jaxnets.types import Array, Attack, LogitsFn
+from jaxnets.types import Array, Attack, Batch, LogitsFn, Objective, Params, Stats
 from jaxnets.verification import verify
 
 
@@ -144,3 +145,43 @@ def _whole_box(threat: Threat, x: np.ndarray) -> Threat:
     corner, opposite = (jnp.full(x.shape[1:], end, x.dtype) for end in (threat.lower, threat.upper))
     unbounded = replace(threat, epsilon=jnp.inf)  # pyright: ignore
     return replace(threat, epsilon=float(threat.size(unbounded.project(opposite, corner) - corner)))  # pyright: ignore
+
+
+def gradient_norms(
+    net: Classifier, objective: Objective, params: Params, stats: Stats, batch: Batch, key: Array
+) -> dict[str, float]:
+    """The Euclidean norm of the objective's gradient with respect to the kernel of each layer, in the layers' order.
+
+    Where those of the first layers are many times smaller or larger than that of the last, training does not reach them
+    or breaks there.
+
+    Args:
+      net: what names the layers.
+      objective: of that network.
+      params, stats, batch, key: what the gradient is taken at, as a training step does.
+
+    Returns:
+      ``{path of a layer: norm}``; layers without a kernel have none.
+
+    >>> from jaxnets import from_linen, models, objectives
+    >>> net, x = from_linen(models.MLP((3,))), jnp.ones((2, 4))
+    >>> key = jax.random.key(0)
+    >>> norms = gradient_norms(net, objectives.standard(net), *net.init(key, x), Batch(x, jnp.array([0, 1])), key)
+    >>> list(norms)
+    ['Dense_0', 'Dense_1']
+    """
+    order = []
+
+    def run(x: Array) -> Array:
+        logits, _, seen = net.activations(params, stats, x)
+        order.extend(seen)
+        return logits
+
+    jax.eval_shape(run, batch.x)
+    gradient = jax.jit(jax.grad(objective, has_aux=True))(params, stats, batch, key)[0]
+    norms = {
+        "/".join(step.key for step in path[:-1]): float(jnp.linalg.norm(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
+        if path[-1].key == "kernel"
+    }
+    return {name: norms[name] for name in order if name in norms}

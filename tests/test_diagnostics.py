@@ -92,3 +92,33 @@ def test_the_whole_box_of_a_threat():
         whole = _whole_box(threat, x)
         np.testing.assert_allclose(whole.epsilon, epsilon, rtol=1e-6)
         assert replace(whole, epsilon=threat.epsilon) == threat
+
+
+def test_gradient_norms_are_those_of_the_kernels():
+    net = jn.from_linen(jn.models.MLP((5, 4)))
+    x, y = jax.random.uniform(jax.random.key(0), (6, 3)), jnp.arange(6) % 10
+    params, stats = net.init(jax.random.key(1), x)
+    batch, key = jn.types.Batch(x, y), jax.random.key(2)
+    norms = jn.diagnostics.gradient_norms(net, jn.objectives.standard(net), params, stats, batch, key)
+    assert list(norms) == ["Dense_0", "Dense_1", "Dense_2"]
+    step = 1e-3
+    for name, norm in norms.items():
+        kernel = params[name]["kernel"]
+        direction = jax.grad(lambda p: jn.objectives.standard(net)(p, stats, batch, key)[0])(params)[name]["kernel"]
+        direction = direction / jnp.linalg.norm(direction)
+        ends = [
+            jn.objectives.standard(net)(
+                {**params, name: params[name] | {"kernel": kernel + s * direction}}, stats, batch, key
+            )[0]
+            for s in (step, -step)
+        ]
+        np.testing.assert_allclose(norm, (ends[0] - ends[1]) / (2 * step), rtol=0.02)
+
+
+def test_gradient_norms_are_in_the_order_of_the_layers():
+    net = jn.from_linen(jn.models.cifar_resnet(14, width=4))
+    x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3))
+    arguments = *net.init(jax.random.key(1), x), jn.types.Batch(x, jnp.array([0, 1])), jax.random.key(2)
+    norms = list(jn.diagnostics.gradient_norms(net, jn.objectives.standard(net), *arguments))
+    blocks = [f"layer{stage}_{number}/conv{place}" for stage in (1, 2, 3) for number in (0, 1) for place in (1, 2)]
+    assert norms == ["conv1", *blocks, "fc"]

@@ -1,4 +1,9 @@
-"""Layers that the networks share: units, convolution, pooling, normalisation, and blocks of them."""
+"""Layers that the networks share: units, convolution, pooling, normalisation, and blocks of them.
+
+Dense layers and dropout are Flax's own.
+"""
+
+from flax.linen import Dense, Dropout
 
 from jaxnets.models.layers.blocks import ConvBlock, DenseHead, remat_if
 from jaxnets.models.layers.convolution import Conv, conv_general_dilated
@@ -19,8 +24,8 @@ from jaxnets.models.layers.units import (
 )
 
 __all__ = [
-    "BatchNorm", "Conv", "ConvBlock", "DenseHead", "LayerNorm", "RadialBasis", "adaptive_avg_pool", "avg_pool",
-    "conv_general_dilated", "flatten", "glorot", "he", "identity", "leaky_relu", "lecun", "local_response_norm",
-    "logistic", "max_pool", "maxout", "orthogonal", "piecewise_linear", "relu", "remat_if", "softmax", "tanh",
-    "threshold",
+    "BatchNorm", "Conv", "ConvBlock", "Dense", "DenseHead", "Dropout", "LayerNorm", "RadialBasis",
+    "adaptive_avg_pool", "avg_pool", "conv_general_dilated", "flatten", "glorot", "he", "identity", "leaky_relu",
+    "lecun", "local_response_norm", "logistic", "max_pool", "maxout", "orthogonal", "piecewise_linear", "relu",
+    "remat_if", "softmax", "tanh", "threshold",
 ]  # fmt: skip

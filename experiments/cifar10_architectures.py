@@ -1,0 +1,147 @@
+"""Architectures from 1998 to 2016 under one and the same adversarial training on CIFAR-10.
+
+Claim (after Madry et al. 2017, https://arxiv.org/abs/1706.06083, section 4): capacity alone helps against an attacker,
+and later architectures make more of it.
+
+Command: ``python -m experiments.cifar10_architectures`` for narrow networks on a CPU, with ``--form full`` for the
+published widths on a GPU. Every network is trained with FGSM from a random start (epsilon 8/255, step 10/255), AdamW
+and a triangular rate, and attacked by PGD-20 on the first 1,000 test images; accuracies are of the last epoch.
+Hardware, minutes, numbers: see the end of this text.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+import tyro
+from matplotlib.figure import Figure
+
+import jaxnets as jn
+from jaxnets import attacks, models
+
+THREAT = jn.Linf(8 / 255)
+
+FORMS: dict[str, dict[str, Callable[[], Any]]] = {
+    "narrow": {
+        "LeNet-5 (1998)": models.LeNet5.modern,
+        "AlexNet (2012)": partial(models.AlexNet.small, width=16),
+        "VGG-11 (2014)": partial(models.vgg11_bn, 10, width=12, hidden=64, places=1),
+        "GoogLeNet (2014)": partial(models.GoogLeNet.small, width=1 / 10),
+        "ResNet-18 (2015)": partial(models.resnet18, 10, width=8, stem=models.cifar_stem),
+    },
+    "full": {
+        "LeNet-5 (1998)": models.LeNet5.modern,
+        "AlexNet (2012)": models.AlexNet.small,
+        "VGG-16 (2014)": partial(models.vgg16_bn, 10, hidden=512, places=1),
+        "GoogLeNet (2014)": models.GoogLeNet.small,
+        "ResNet-18 (2015)": partial(models.resnet18, 10, stem=models.cifar_stem),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The same training for every architecture."""
+
+    form: Literal["narrow", "full"] = "narrow"
+    """Widths that two cores bear, or the published ones."""
+    seeds: tuple[int, ...] = (0,)
+    epochs: int = 4
+    training_rows: int = 10_000
+    """Rows trained on, from the first on; all 50,000 for the full form."""
+    rows: int = 1000
+    """Test images that are attacked, from the first on."""
+    batch_size: int = 100
+    peak: float = 2e-3
+    """The highest learning rate of the triangle."""
+    data_dir: Path | None = None
+    out: Path = Path("runs/cifar10_architectures")
+    smoke: bool = False
+    """Try the script in a minute, on scikit-learn's digits and the first network."""
+
+
+def main(settings: Settings) -> dict[str, list[dict[str, float]]]:
+    """Trains and attacks every network; a line each, then a picture. Finished ones are not run again."""
+    networks = FORMS[settings.form]
+    if settings.smoke:
+        settings = dataclasses.replace(settings, epochs=1, rows=50, training_rows=500)
+        networks = {"MLP": lambda: models.MLP((32,))}
+    data = jn.data.load("digits" if settings.smoke else "cifar10", settings.data_dir)
+    found: dict[str, list[dict[str, float]]] = {}
+    print(f"{'network':18}{'parameters':>12}{'clean':>9}{'PGD-20':>9}{'minutes':>9}")
+    for name, make in networks.items():
+        found[name] = [finished(settings, name, make, data, seed) for seed in settings.seeds]
+        print(line(name, found[name]), flush=True)
+    draw(settings.out / "architectures.png", found)
+    print(f"picture: {settings.out}/architectures.png")
+    return found
+
+
+def finished(settings: Settings, name: str, make: Callable, data: jn.data.Dataset, seed: int) -> dict[str, float]:
+    """The result of one network, run unless its record is there."""
+    scale = f"{settings.form}-{settings.training_rows}-{settings.epochs}-{settings.peak:g}"
+    folder = settings.out / scale / f"{name.split()[0].lower()}-{seed}"
+    record = folder / f"result-{settings.rows}.json"
+    if not record.exists():
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(run(settings, make, data, seed, folder)))
+    return json.loads(record.read_text())
+
+
+def run(settings: Settings, make: Callable, data: jn.data.Dataset, seed: int, folder: Path) -> dict[str, float]:
+    init_key, train_key, attack_key = jax.random.split(jax.random.key(seed), 3)
+    net, train = jn.from_linen(make()), jn.data.Split(*(part[: settings.training_rows] for part in data.train))
+    x, y = jn.data.to_float(data.test.images[: settings.rows]), data.test.labels[: settings.rows]
+    params, stats = net.init(init_key, x[:1])
+    steps = settings.epochs * jn.data.steps_per_epoch(len(train.labels), settings.batch_size)
+    rate = jn.optimizers.triangular(settings.peak, steps)
+    optimizer = optax.adamw(rate, weight_decay=1e-4)
+    objective = jn.objectives.adversarial(
+        net, partial(attacks.fgsm, threat=THREAT, step_size=10 / 255, start=attacks.uniform)
+    )
+    state = jn.training.init_state(train_key, params, stats, optimizer)
+    began = time.monotonic()
+    state = jn.fit.fit(
+        objective, optimizer, state, train, folder=folder, epochs=settings.epochs, batch_size=settings.batch_size
+    )
+    minutes = (time.monotonic() - began) / 60
+    pgd = partial(attacks.pgd, threat=THREAT, steps=20, step_size=2 / 255)
+    model = net.logits_fn(state.params, state.stats)
+    accuracy = jn.evaluation.evaluate(attack_key, model, x, y, {"pgd": pgd}, threat=THREAT).accuracies()
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return {"parameters": size, "clean": accuracy["clean"], "robust": accuracy["pgd"], "minutes": minutes}
+
+
+def line(name: str, results: list[dict[str, float]]) -> str:
+    mean = {key: float(np.mean([result[key] for result in results])) for key in results[0]}
+    accuracies = f"{mean['clean']:9.1%}{mean['robust']:9.1%}"
+    return f"{name:18}{int(mean['parameters']):12,}{accuracies}{mean['minutes']:9.1f}"
+
+
+def draw(path: Path, found: dict[str, list[dict[str, float]]]) -> None:
+    """Clean and robust accuracy of every network, a bar each, with its parameters below."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(found))
+    for shift, key, label in ((-0.2, "clean", "clean"), (0.2, "robust", "PGD-20, 8/255")):
+        values = [[result[key] for result in results] for results in found.values()]
+        axes.bar(
+            places + shift, [np.mean(one) for one in values], 0.4, yerr=[np.std(one) for one in values], label=label
+        )
+    sizes = [results[0]["parameters"] for results in found.values()]
+    axes.set_xticks(places, [f"{name}\n{size:,.0f}" for name, size in zip(found, sizes, strict=True)])
+    axes.set(ylabel="accuracy", title="one training, five architectures (parameters below)")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
