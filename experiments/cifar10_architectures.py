@@ -32,8 +32,8 @@ THREAT = jn.Linf(8 / 255)
 FORMS: dict[str, dict[str, Callable[[], Any]]] = {
     "narrow": {
         "LeNet-5 (1998)": models.LeNet5.modern,
-        "AlexNet (2012)": partial(models.AlexNet.small, width=16),
-        "VGG-11 (2014)": partial(models.vgg11_bn, 10, width=12, hidden=64, places=1),
+        "AlexNet (2012)": partial(models.AlexNet.small, width=16, dropout=0.0),
+        "VGG-11 (2014)": partial(models.vgg11_bn, 10, width=12, hidden=64, places=1, dropout=0.0),
         "GoogLeNet (2014)": partial(models.GoogLeNet.small, width=1 / 10),
         "ResNet-18 (2015)": partial(models.resnet18, 10, width=8, stem=models.cifar_stem),
     },

@@ -29,11 +29,6 @@ def _targeted(threat):
     return partial(_pgd(threat), loss=jn.losses.targeted(margin))
 
 
-def _escalate(threat):
-    attack = partial(jn.attacks.pgd, steps=3, loss=margin)
-    return jn.attacks.escalate(attack, type(threat)(0.0), (0.1, 0.3))
-
-
 def _searched(attack):
     """A search over constants, in miniature."""
     return lambda threat: partial(attack, threat=threat, steps=20, step_size=0.05, rounds=5, initial_const=0.1)
@@ -82,18 +77,19 @@ ATTACKS = GRADIENT | ITERATED | {name: make for name, (make, _) in MINIMUM_NORM.
 THREATS = {(name, norm): BALLS[norm] for name in (GRADIENT | ITERATED | BLACK_BOX) for norm in BALLS}
 THREATS |= {(name, norm): FREE[norm] for name, (_, norms) in MINIMUM_NORM.items() for norm in norms.split()}
 BY_GRADIENT = [(name, norm) for name, norm in THREATS if name in GRADIENT]
-QUICK = set(BY_GRADIENT) | {next(case for case in THREATS if case[0] == name) for name in ATTACKS}
+QUICK = {("pgd", norm) for norm in BALLS} | {next(case for case in THREATS if case[0] == name) for name in ATTACKS}
 SHAPE, CLASSES, ROWS = (3, 4), 4, 8
 
 
-def cases(quick):
-    """All attacks in all their norms; those that are not quick are slow."""
-    return [pytest.param(*case, marks=[] if case in quick else pytest.mark.slow) for case in THREATS]
+def each_of(cases, quick=QUICK):
+    """Attacks in their norms; those that are not quick are slow."""
+    marked = [pytest.param(*case, marks=[] if case in quick else pytest.mark.slow) for case in cases]
+    return pytest.mark.parametrize(("name", "norm"), marked)
 
 
-every_case = pytest.mark.parametrize(("name", "norm"), cases(QUICK))
-every_case_compiled_anew = pytest.mark.parametrize(("name", "norm"), cases(BY_GRADIENT))
-every_basic_case = pytest.mark.parametrize(("name", "norm"), BY_GRADIENT)
+every_case = each_of(THREATS)
+every_case_compiled_anew = each_of(THREATS, QUICK & set(BY_GRADIENT))
+every_basic_case = each_of(BY_GRADIENT)
 every_attack = pytest.mark.parametrize("name", GRADIENT)
 every_threat = pytest.mark.parametrize("norm", BALLS)
 

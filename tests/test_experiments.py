@@ -15,7 +15,9 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") i
 LAST_LINE = {"cifar10_architectures": "picture: ", "depth": "picture: ", "mnist_fast": "mean of"}
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "mnist_fast" else pytest.mark.slow) for name in EXPERIMENTS]
+)
 def test_smoke(name, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, "-m", f"experiments.{name}", "--smoke", "--out", str(tmp_path)]
