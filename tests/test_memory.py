@@ -16,11 +16,17 @@ LOOPS = {
     "restarts": lambda n: jn.attacks.restarts(partial(jn.attacks.fgsm, threat=jn.L2(1.0), start=jn.attacks.uniform), n),
     "fab": lambda n: partial(jn.attacks.fab, threat=jn.L2(1.0), steps=n),
     "carlini_wagner": lambda n: partial(jn.attacks.carlini_wagner, threat=jn.L2(1.0), steps=n, rounds=3),
+    "deepfool": lambda n: partial(jn.attacks.deepfool, threat=jn.L2(1.0), steps=n),
+    "ead": lambda n: partial(jn.attacks.ead, threat=jn.L1(9.0), steps=n, rounds=3),
+    "lbfgs": lambda n: partial(jn.attacks.lbfgs, threat=jn.L2(1.0), steps=n, rounds=3),
+    "jsma": lambda n: partial(jn.attacks.jsma, threat=jn.L0(n)),
+    "sigma_zero": lambda n: partial(jn.attacks.sigma_zero, threat=jn.L0(9), steps=n),
     "ddn": lambda n: partial(jn.attacks.ddn, threat=jn.L2(1.0), steps=n),
     "fmn": lambda n: partial(jn.attacks.fmn, threat=jn.Linf(1.0), steps=n),
     "square": lambda n: partial(jn.attacks.square, threat=jn.Linf(0.1), queries=n),
+    "nes": lambda n: partial(jn.attacks.nes, threat=jn.Linf(0.1), queries=n + 1, samples=4),
+    "spsa": lambda n: partial(jn.attacks.spsa, threat=jn.Linf(0.1), queries=n + 1, samples=4, step_size=0.01),
 }
-
 
 QUICK = ("pgd", "apgd", "fab", "square")
 
