@@ -31,18 +31,18 @@ THREAT = jn.Linf(8 / 255)
 
 FORMS: dict[str, dict[str, Callable[[], Any]]] = {
     "narrow": {
-        "LeNet-5 (1998)": models.LeNet5.modern,
-        "AlexNet (2012)": partial(models.AlexNet.small, width=16, dropout=0.0),
-        "VGG-11 (2014)": partial(models.vgg11_bn, 10, width=12, hidden=64, places=1, dropout=0.0),
-        "GoogLeNet (2014)": partial(models.GoogLeNet.small, width=1 / 10),
-        "ResNet-18 (2015)": partial(models.resnet18, 10, width=8, stem=models.cifar_stem),
+        "LeNet-5, ReLU": models.LeNet5.modern,
+        "AlexNet": partial(models.AlexNet.small, width=16, dropout=0.0),
+        "VGG-11, BN": partial(models.vgg11_bn, 10, width=12, hidden=64, places=1, dropout=0.0),
+        "GoogLeNet, BN": partial(models.GoogLeNet.small, width=1 / 10),
+        "ResNet-18": partial(models.resnet18, 10, width=8, stem=models.cifar_stem),
     },
     "full": {
-        "LeNet-5 (1998)": models.LeNet5.modern,
-        "AlexNet (2012)": models.AlexNet.small,
-        "VGG-16 (2014)": partial(models.vgg16_bn, 10, hidden=512, places=1),
-        "GoogLeNet (2014)": models.GoogLeNet.small,
-        "ResNet-18 (2015)": partial(models.resnet18, 10, stem=models.cifar_stem),
+        "LeNet-5, ReLU": models.LeNet5.modern,
+        "AlexNet": models.AlexNet.small,
+        "VGG-16, BN": partial(models.vgg16_bn, 10, hidden=512, places=1),
+        "GoogLeNet, BN": models.GoogLeNet.small,
+        "ResNet-18": partial(models.resnet18, 10, stem=models.cifar_stem),
     },
 }
 
@@ -56,7 +56,7 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     epochs: int = 4
     training_rows: int = 10_000
-    """Rows trained on, from the first on; all 50,000 for the full form."""
+    """Rows trained on, from the first on."""
     rows: int = 1000
     """Test images that are attacked, from the first on."""
     batch_size: int = 100
@@ -87,8 +87,8 @@ def main(settings: Settings) -> dict[str, list[dict[str, float]]]:
 
 def finished(settings: Settings, name: str, make: Callable, data: jn.data.Dataset, seed: int) -> dict[str, float]:
     """The result of one network, run unless its record is there."""
-    scale = f"{settings.form}-{settings.training_rows}-{settings.epochs}-{settings.peak:g}"
-    folder = settings.out / scale / f"{name.split()[0].lower()}-{seed}"
+    recipe = f"{settings.training_rows}-{settings.epochs}-{settings.batch_size}-{settings.peak:g}"
+    folder = settings.out / f"{data.name}-{settings.form}-{recipe}" / f"{name.split(',')[0].lower()}-{seed}"
     record = folder / f"result-{settings.rows}.json"
     if not record.exists():
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,8 @@ def run(settings: Settings, make: Callable, data: jn.data.Dataset, seed: int, fo
     pgd = partial(attacks.pgd, threat=THREAT, steps=20, step_size=2 / 255)
     model = net.logits_fn(state.params, state.stats)
     accuracy = jn.evaluation.evaluate(attack_key, model, x, y, {"pgd": pgd}, threat=THREAT).accuracies()
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    trained = {name: part for name, part in params.items() if not name.startswith("aux")}  # GoogLeNet's heads are not
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained))
     return {"parameters": size, "clean": accuracy["clean"], "robust": accuracy["pgd"], "minutes": minutes}
 
 

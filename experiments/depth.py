@@ -97,7 +97,8 @@ def norms_of(module: Any, batch: Batch, seed: int) -> np.ndarray:
     net, key = jn.from_linen(module), jax.random.key(seed)
     params, stats = jax.jit(net.init)(key, batch.x[:1])
     norms = jn.diagnostics.gradient_norms(net, jn.objectives.standard(net), params, stats, batch, key)
-    return np.array([norm for name, norm in norms.items() if not name.startswith("aux") and "downsample" not in name])
+    beside = {"aux1", "aux2", "downsample", "shortcut"}
+    return np.array([norm for name, norm in norms.items() if beside.isdisjoint(name.split("/"))])
 
 
 def ratio(norms: np.ndarray) -> float:
@@ -121,11 +122,13 @@ def draw(path: Path, deep: dict[tuple[str, int], tuple[np.ndarray, list[float]]]
     """Gradient norms against depth, and the loss against steps; plain networks dashed."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     gradients, training = figure.subplots(1, 2)
-    colours = dict(
-        zip(dict.fromkeys(layers for _, layers in deep), ("tab:blue", "tab:orange", "tab:red"), strict=False)
-    )
+    depths = list(dict.fromkeys(layers for _, layers in deep))
     for (kind, layers), (norms, losses) in deep.items():
-        style = {"color": colours[layers], "linestyle": "--" if kind == "plain" else "-", "label": f"{kind}, {layers}"}
+        style = {
+            "color": f"C{depths.index(layers)}",
+            "linestyle": "--" if kind == "plain" else "-",
+            "label": f"{kind}, {layers}",
+        }
         gradients.plot(np.linspace(0, 1, len(norms)), norms, **style)
         training.plot(np.arange(1, len(losses) + 1), losses, **style)
     gradients.set(xlabel="layer, from first to last", ylabel="norm of the gradient at initialisation", yscale="log")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.tree_util import Partial
@@ -101,7 +102,7 @@ def normalized(net: Classifier, mean: Any, std: Any) -> Classifier:
       mean, std: scalars or ``[C]``, in the units of the data.
 
     Raises:
-      ValueError: where ``std`` is not positive.
+      ValueError: where ``std`` is not positive, or images are not floats.
 
     >>> import jax, jax.numpy as jnp
     >>> net = normalized(from_linen(nn.Dense(3, use_bias=False)), mean=0.5, std=0.25)
@@ -114,6 +115,8 @@ def normalized(net: Classifier, mean: Any, std: Any) -> Classifier:
         raise ValueError(f"standard deviations must be above 0, got {std.tolist()}")
 
     def scaled(x: Array) -> Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"images must be floats before they are normalised, got {x.dtype}: see data.to_float")
         return ((x - mean) / std).astype(x.dtype)
 
     return Classifier(

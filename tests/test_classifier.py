@@ -97,3 +97,9 @@ def test_attacks_stay_in_the_units_of_the_data(network):
 def test_normalized_refuses_deviations_of_zero(network):
     with pytest.raises(ValueError, match=r"above 0, got \[0.2, 0.0\]"):
         jn.normalized(network[0], 0.5, [0.2, 0])
+
+
+def test_normalized_refuses_bytes(network):
+    net, params, stats, x = network
+    with pytest.raises(ValueError, match="must be floats before they are normalised, got uint8"):
+        jn.normalized(net, 0.5, 0.25).infer(params, stats, (255 * x).astype(jnp.uint8))

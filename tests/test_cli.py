@@ -162,3 +162,17 @@ def test_autoattack_examples_are_saved_and_verified(trained, tmp_path, capsys):
 def test_another_norm_needs_its_epsilon(trained, capsys):
     assert "say --epsilon for l2" in refusal(capsys, "evaluate", str(trained), "--threat", "l2")
     assert "--epsilon must be a number from 0 on" in refusal(capsys, "evaluate", str(trained), "--epsilon", "-1")
+
+
+def test_a_network_for_ten_classes_refuses_more(capsys):
+    assert "drawings of ten digits, got 100 classes: take lenet5_modern" in refusal(
+        capsys, "summary", "lenet5", "--classes", "100"
+    )
+
+
+def test_summary_prints_every_layer(capsys):
+    cli.main(["summary", "small_cnn", "--image", "28", "28", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["layer", "Conv_0", "Conv_1", "Dense_0", "Dense_1", "166,406", "an"]
+    assert "an image of 1x1 holds no pooling window" in refusal(capsys, "summary", "vgg16", "--image", "16", "16", "3")
+    assert "must be 1 or more" in refusal(capsys, "summary", "mlp", "--image", "0", "16", "3")

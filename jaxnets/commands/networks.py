@@ -41,13 +41,19 @@ def _on(image: tuple[int, int, int], make: Callable[[int], Any]) -> Named:
     return Named(lambda classes, side: make(classes), image, 10)
 
 
+def _lenet5(classes: int) -> Any:
+    if classes != 10:
+        raise ValueError(f"lenet5 compares with drawings of ten digits, got {classes} classes: take lenet5_modern")
+    return models.LeNet5()
+
+
 _mnist, _cifar = partial(_on, (28, 28, 1)), partial(_on, (32, 32, 3))
 
 MODELS: dict[str, Named] = {
     "perceptron": _mnist(models.Perceptron),
     "mlp": _mnist(lambda classes: models.MLP(classes=classes)),
     "rbf_network": _mnist(lambda classes: models.RBFNetwork(classes=classes)),
-    "lenet5": _mnist(lambda classes: models.LeNet5()),
+    "lenet5": _mnist(_lenet5),
     "lenet5_modern": _mnist(models.LeNet5.modern),
     "small_cnn": _mnist(models.SmallCNN),
     "madry_cnn": _mnist(models.MadryCNN),

@@ -62,6 +62,8 @@ class PreActResNet(nn.Module):
     """A 3x3 convolution, stages of blocks that normalise first, batch norm, ReLU, the mean over places, a dense layer.
 
     For images of 32x32. The first block of every stage but the first halves the image; each stage doubles the features.
+    The form that is trained and published on CIFAR-10: in the paper's the first block's shortcut begins after its first
+    ReLU as well.
 
     Attributes:
       stages: blocks in each stage.
@@ -98,6 +100,6 @@ class PreActResNet(nn.Module):
         return nn.Dense(self.classes, dtype=self.dtype, name="linear")(jnp.mean(x, axis=(1, 2)))
 
 
-preact_resnet18 = partial(PreActResNet, (2, 2, 2, 2))
-preact_resnet34 = partial(PreActResNet, (3, 4, 6, 3))
+preact_resnet18 = partial(PreActResNet, (2, 2, 2, 2), PreActBlock)
+preact_resnet34 = partial(PreActResNet, (3, 4, 6, 3), PreActBlock)
 preact_resnet50 = partial(PreActResNet, (3, 4, 6, 3), PreActBottleneck)

@@ -9,7 +9,7 @@ from jaxnets.types import Array
 class RBFNetwork(nn.Module):
     """``W exp(-|x - c_k|^2 / (2 sigma_k^2)) + b``: one hidden layer of `layers.RadialBasis`, and a dense one.
 
-    Centres are best begun at training rows, for example by ``centers_init=lambda key, shape, dtype: rows``.
+    Centres are best begun at training rows, for example by ``centers_init=lambda key, shape: rows``.
 
     Attributes:
       centers: number of hidden units.

@@ -30,14 +30,14 @@ class EncoderBlock(nn.Module):
 class ViT(nn.Module):
     """Patches, a class token and trained positions, encoder blocks, one dense layer on the class token.
 
-    `vit_small` is the small one for images of 224x224 in patches of 16x16: 22,050,664 parameters with 1000 classes.
+    The small one, for images of 224x224, unless told otherwise: 22,050,664 parameters with 1000 classes.
 
     Attributes:
+      classes: number of logits.
       patch: side of a patch, which divides that of the image.
       width: of the sequence's vectors.
       depth: number of blocks.
       heads: of attention.
-      classes: number of logits.
       remat: keep only each block's input for the backward pass.
       dtype: of the computation.
 
@@ -52,11 +52,11 @@ class ViT(nn.Module):
     (2, 10)
     """
 
-    patch: int
-    width: int
-    depth: int
-    heads: int
     classes: int = 1000
+    patch: int = 16
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
     remat: bool = False
     dtype: Any = None
 
@@ -76,4 +76,4 @@ class ViT(nn.Module):
         return nn.Dense(self.classes, dtype=self.dtype, name="head")(x[:, 0])
 
 
-vit_small = partial(ViT, patch=16, width=384, depth=12, heads=6)
+vit_small = ViT

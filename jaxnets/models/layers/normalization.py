@@ -66,10 +66,10 @@ def local_response_norm(x: Array, size: int = 5, k: float = 2.0, alpha: float = 
     >>> print(local_response_norm(jnp.array([3.0, 4.0, 0.0]), size=3, k=0.0, alpha=1.0, beta=0.5))
     [0.6 0.8 0. ]
     """
-    before = size // 2
-    squares = jnp.pad(x**2, [(0, 0)] * (x.ndim - 1) + [(before, size - 1 - before)])
+    before, wide = size // 2, x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    squares = jnp.pad(wide**2, [(0, 0)] * (x.ndim - 1) + [(before, size - 1 - before)])
     around = sum(squares[..., n : n + x.shape[-1]] for n in range(size))
-    return x / (k + alpha * around) ** beta
+    return (wide / (k + alpha * around) ** beta).astype(x.dtype)
 
 
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-5)
