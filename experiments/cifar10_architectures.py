@@ -20,8 +20,8 @@ training rows, 4 epochs, seed 0::
 400 steps are too few to speak for the claim: the largest network is the most robust, and beyond that the order is not
 that of the years. GoogLeNet learnt the one step and not the attack (one seed; catastrophic overfitting or bad luck).
 With dropout AlexNet ended at 27.9 / 13.2 and VGG learnt nothing, so the narrow forms have none.
-Published: one-step training of a PreActResNet-18 of full width on all rows ends at 79.5 / 45 (PGD-50x10); PGD training of a
-WRN-32-10 at 87.1 / 47.0 (PGD-20).
+Published: one-step training of a PreActResNet-18 of full width on all rows ends at 79.5 / 45 (PGD-50x10); PGD
+training of a WRN-32-10 at 87.1 / 47.0 (PGD-20).
 """
 
 import dataclasses
