@@ -131,10 +131,7 @@ FAMILIES = {
     "wide_resnet": partial(models.WideResNet, 10, 1),
     "vit": partial(models.ViT, patch=8, width=24, depth=2, heads=3, classes=10),
 }
-QUICK = ("vit",)
-every_family = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
-)
+every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def built(name, **settings):
@@ -142,6 +139,7 @@ def built(name, **settings):
     return net, *net.init(KEY, x), x
 
 
+@pytest.mark.slow
 @every_family
 def test_forgetting_changes_nothing(name):
     """With ``remat``: the same parameters, values, gradients and statistics."""
@@ -162,6 +160,7 @@ def test_forgetting_changes_nothing(name):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), moved_too, moved)
 
 
+@pytest.mark.slow
 @every_family
 def test_half_precision(name):
     """In bfloat16 the parameters stay single, and the logits are those of single precision, roughly."""
@@ -175,6 +174,7 @@ def test_half_precision(name):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 @every_family
 def test_attacked_and_trained(name):
     """An adversarial training step in bfloat16 moves every parameter; attacks raise the loss."""
@@ -187,9 +187,8 @@ def test_attacked_and_trained(name):
         jn.losses.cross_entropy(net.infer(params, stats, z).astype(jnp.float32), y).mean() for z in (x, x_adv)
     )
     assert after > before
-    objective = jn.objectives.adversarial(net, attack)
-    if name == "googlenet":
-        objective = jn.objectives.auxiliary(net)
+    with_heads = jn.objectives.auxiliary(net) if name == "googlenet" else None
+    objective = jn.objectives.adversarial(net, attack, on_attacked=with_heads)
     gradient = jax.grad(objective, has_aux=True)(params, stats, jn.types.Batch(x, y), KEY)[0]
     assert all(bool(jnp.any(leaf != 0)) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
 

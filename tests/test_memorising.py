@@ -18,7 +18,7 @@ ROWS = 64
 
 @pytest.fixture(scope="module")
 def batch():
-    """The first images of CIFAR-10 where JAXNETS_DATA has them, else noise of their shape."""
+    """The first images of CIFAR-10 where JAXNETS_DATA has them; else noise of their shape, which is harder to learn."""
     archive = Path(os.environ.get("JAXNETS_DATA", "")) / "cifar10" / "cifar-10-batches-bin.tar.xz"
     if not archive.is_file():
         random = np.random.default_rng(0)

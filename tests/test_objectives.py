@@ -290,5 +290,13 @@ def test_heads_in_the_middle_are_trained_with_the_network():
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert metrics["accuracy"] == np.mean(np.argmax(logits, axis=1) == y)
     jax.tree.map(np.testing.assert_array_equal, moved, after)
+    # Attacked rows may be given to them too.
+    shifted = jn.objectives.adversarial(
+        net, lambda key, model, x, y: x + 0.1, on_attacked=jn.objectives.auxiliary(with_heads)
+    )
+    on_shifted, _ = jn.objectives.auxiliary(with_heads)(params, stats, jn.types.Batch(x + 0.1, y), jax.random.key(2))
+    np.testing.assert_allclose(
+        shifted(params, stats, jn.types.Batch(x, y), jax.random.key(2))[0], on_shifted, rtol=1e-6
+    )
     with pytest.raises(ValueError, match=r"no activations \['aux1', 'aux2'\]; it has conv1, bn1"):
         jn.objectives.auxiliary(net)(params, stats, jn.types.Batch(x, y), jax.random.key(2))

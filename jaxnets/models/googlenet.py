@@ -131,7 +131,7 @@ class GoogLeNet(nn.Module):
 
     >>> import jax
     >>> net = GoogLeNet.small(width=1 / 16)
-    >>> net.init_with_output(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
+    >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
     (2, 10)
     """
 

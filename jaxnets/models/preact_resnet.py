@@ -77,7 +77,7 @@ class PreActResNet(nn.Module):
 
     >>> import jax
     >>> net = preact_resnet18(width=8)
-    >>> net.init_with_output(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
+    >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
     (2, 10)
     """
 

@@ -122,7 +122,7 @@ class ResNet(nn.Module):
 
     >>> import jax
     >>> net = resnet18(10, width=8, stem=cifar_stem)
-    >>> net.init_with_output(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
+    >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
     (2, 10)
     """
 

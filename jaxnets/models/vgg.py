@@ -54,7 +54,7 @@ class VGG(nn.Module):
 
     >>> import jax, jax.numpy as jnp
     >>> net = vgg11(10, width=4, hidden=16, places=1)
-    >>> net.init_with_output(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
+    >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
     (2, 10)
     """
 

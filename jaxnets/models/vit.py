@@ -48,7 +48,7 @@ class ViT(nn.Module):
 
     >>> import jax
     >>> net = ViT(patch=4, width=24, depth=2, heads=3, classes=10)
-    >>> net.init_with_output(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
+    >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
     (2, 10)
     """
 

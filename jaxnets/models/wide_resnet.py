@@ -51,7 +51,7 @@ class WideResNet(nn.Module):
 
     >>> import jax
     >>> net = WideResNet(10, 1)
-    >>> net.init_with_output(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
+    >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
     (2, 10)
     """
 

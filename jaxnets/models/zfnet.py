@@ -39,7 +39,7 @@ class ZFNet(nn.Module):
 
     >>> import jax, jax.numpy as jnp
     >>> net = ZFNet.small(width=8)
-    >>> net.init_with_output(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
+    >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 32, 32, 3)))[0].shape
     (2, 10)
     """
 
