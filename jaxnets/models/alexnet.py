@@ -10,6 +10,7 @@ from jaxnets.models.layers import (
     ConvBlock,
     DenseHead,
     adaptive_avg_pool,
+    conv_chain,
     identity,
     local_response_norm,
     max_pool,
@@ -76,8 +77,6 @@ class AlexNet(nn.Module):
         kernels = (self.stem, (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))
         groups, after = (1, self.groups, 1, self.groups, self.groups), (pooled, pooled, identity, identity, pool)
         layers = zip(self.features, kernels, groups, after, strict=True)
-        for number, (features, (kernel, strides, padding), group, then) in enumerate(layers, start=1):
-            settings: dict[str, Any] = {"after": then, "dtype": self.dtype, "name": f"conv{number}"}
-            x = block(features, kernel, strides, padding, group, **settings)(x, train)
+        x = conv_chain(block, layers, x, train, self.dtype)
         x = adaptive_avg_pool(x, (self.places, self.places))
         return DenseHead(self.hidden, self.classes, self.dropout, self.dtype, name="head")(x, train)

@@ -7,10 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxnets.models.layers import BatchNorm, Conv, remat_if
+from jaxnets.models.layers import BatchNorm, Conv, he, remat_if
 from jaxnets.types import Array
 
-_conv = partial(Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
+he_conv = partial(Conv, use_bias=False, kernel_init=he)
 
 
 class PreActBlock(nn.Module):
@@ -26,7 +26,7 @@ class PreActBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        conv, norm = partial(_conv, dtype=self.dtype), partial(BatchNorm, dtype=self.dtype)
+        conv, norm = partial(he_conv, dtype=self.dtype), partial(BatchNorm, dtype=self.dtype)
         active = nn.relu(norm(name="bn1")(x, train))
         y = conv(self.features, (3, 3), strides=self.stride, padding=1, name="conv1")(active)
         y = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(norm(name="bn2")(y, train)))
@@ -46,7 +46,7 @@ class PreActBottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        conv, norm = partial(_conv, dtype=self.dtype), partial(BatchNorm, dtype=self.dtype)
+        conv, norm = partial(he_conv, dtype=self.dtype), partial(BatchNorm, dtype=self.dtype)
         active = nn.relu(norm(name="bn1")(x, train))
         y = conv(self.features, (1, 1), name="conv1")(active)
         y = nn.relu(norm(name="bn2")(y, train))
@@ -91,7 +91,7 @@ class PreActResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         block: Callable[..., nn.Module] = partial(remat_if(self.remat, self.block), dtype=self.dtype)
-        x = _conv(self.width, (3, 3), padding=1, dtype=self.dtype, name="conv1")(x)
+        x = he_conv(self.width, (3, 3), padding=1, dtype=self.dtype, name="conv1")(x)
         for stage, blocks in enumerate(self.stages, start=1):
             for number in range(blocks):
                 stride = 2 if stage > 1 and number == 0 else 1

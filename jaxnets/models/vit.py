@@ -6,10 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxnets.models.layers import Conv, remat_if
+from jaxnets.models.layers import Conv, LayerNorm, remat_if
 from jaxnets.types import Array
 
-_norm = partial(nn.LayerNorm, epsilon=1e-6)
+_norm = partial(LayerNorm, epsilon=1e-6)
 _around_zero = nn.initializers.truncated_normal(0.02)
 
 

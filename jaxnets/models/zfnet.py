@@ -10,6 +10,7 @@ from jaxnets.models.layers import (
     ConvBlock,
     DenseHead,
     adaptive_avg_pool,
+    conv_chain,
     identity,
     local_response_norm,
     max_pool,
@@ -67,9 +68,7 @@ class ZFNet(nn.Module):
         block = remat_if(self.remat, ConvBlock)
         kernels = (self.stem, (5, self.stride, 2 * (self.stride == 1)), (3, 1, 1), (3, 1, 1), (3, 1, 1))
         last = partial(max_pool, window=(3, 3), strides=(2, 2))
-        layers = zip(self.features, kernels, (pooled, pooled, identity, identity, last), strict=True)
-        for number, (features, (kernel, strides, padding), then) in enumerate(layers, start=1):
-            settings: dict[str, Any] = {"after": then, "dtype": self.dtype, "name": f"conv{number}"}
-            x = block(features, kernel, strides, padding, **settings)(x, train)
+        layers = zip(self.features, kernels, (1,) * 5, (pooled, pooled, identity, identity, last), strict=True)
+        x = conv_chain(block, layers, x, train, self.dtype)
         x = adaptive_avg_pool(x, (self.places, self.places))
         return DenseHead(self.hidden, self.classes, self.dropout, self.dtype, name="head")(x, train)

@@ -1,6 +1,6 @@
 """Blocks that several networks are made of, and how a network forgets what its backward pass can compute again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -73,6 +73,19 @@ class DenseHead(nn.Module):
         for name in ("fc6", "fc7"):
             x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(dense(self.hidden, name=name)(x)))
         return dense(self.classes, name="fc8")(x)
+
+
+def conv_chain(
+    block: type[nn.Module],
+    layers: Iterable[tuple[int, tuple[int, int, int], int, Callable[[Array], Array]]],
+    x: Array,
+    train: bool,
+    dtype: Any,
+) -> Array:
+    """A `ConvBlock` for each ``(features, (kernel, strides, padding), groups, after)``: ``conv1``, ``conv2``, ..."""
+    for number, (features, sizes, groups, after) in enumerate(layers, start=1):
+        x = block(features, *sizes, groups, after=after, dtype=dtype, name=f"conv{number}")(x, train)
+    return x
 
 
 def remat_if(remat: bool, block: type[nn.Module]) -> type[nn.Module]:
