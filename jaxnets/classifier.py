@@ -21,8 +21,8 @@ class Classifier(NamedTuple):
       infer: ``(params, stats, x) -> logits[B, K]``, in inference mode: nothing is random, no statistics move.
       train: ``(params, stats, x, key) -> (logits, stats)``: batch statistics move, dropout draws from ``key``.
       activations: ``(params, stats, x, key=None) -> (logits, stats, {name: array[B, ...]})``: in inference mode without
-        a key, else as ``train``; with what every layer and block gives, by its path, such as ``layer1_0/conv2``. In a
-        compiled program only those that are used are computed.
+        a key, else as ``train``; with what every layer and block gives, by its path, such as ``layer1_0/conv2``, and
+        what modules sow by other names. In a compiled program only those that are used are computed.
     """
 
     init: Callable[[Array, Array], tuple[Params, Stats]]
@@ -87,9 +87,10 @@ def from_linen(module: nn.Module) -> Classifier:
 def _by_path(captured: dict[str, Any]) -> dict[str, Array]:
     """What modules gave, a module that was called several times with the number of the call after its path."""
     named = {}
-    for (*path, _), values in traverse_util.flatten_dict(captured).items():
+    for path, values in traverse_util.flatten_dict(captured).items():
+        name = "/".join(path[:-1] if path[-1] == "__call__" else path)
         for number, value in enumerate(values):  # pyright: ignore
-            named["/".join(path) + (f"#{number}" if number else "")] = value
+            named[name + (f"#{number}" if number else "")] = value
     # The whole network's path is empty, and what it gave are the logits.
     return {name: value for name, value in named.items() if name}
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_layers import kept
 
 import jaxnets as jn
 from jaxnets import models
@@ -110,15 +111,22 @@ def test_plain_network_has_no_shortcut():
     x = jax.random.uniform(KEY, (2, *CIFAR))
     for shortcut, passes in ((models.resnet.Padded, True), (models.resnet.NoShortcut, False)):
         net = jn.from_linen(models.cifar_resnet(8, shortcut=shortcut))
-        params, stats = net.init(KEY, x)
+        params, stats = jax.jit(net.init)(KEY, x)
         params = {
             name: jax.tree.map(jnp.zeros_like, part) if name.startswith("layer") else part
             for name, part in params.items()
         }
-        assert bool(jnp.any(net.activations(params, stats, x)[2]["layer3_0"] != 0)) == passes
+        assert bool(jnp.any(jax.jit(net.activations)(params, stats, x)[2]["layer3_0"] != 0)) == passes
 
 
 FAMILIES = {
+    "perceptron": models.Perceptron,
+    "mlp": partial(models.MLP, (16,)),
+    "rbf_network": partial(models.RBFNetwork, 8),
+    "lenet5": models.LeNet5,
+    "lenet5_modern": models.LeNet5.modern,
+    "small_cnn": models.SmallCNN,
+    "madry_cnn": models.MadryCNN,
     "alexnet": partial(models.AlexNet.small, width=12),
     "zfnet": partial(models.ZFNet.small, width=12),
     "vgg": partial(models.vgg11, 10, width=4, hidden=16, places=1),
@@ -132,15 +140,54 @@ FAMILIES = {
     "vit": partial(models.ViT, patch=8, width=24, depth=2, heads=3, classes=10),
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)
+QUICK = ("perceptron", "mlp", "rbf_network")
+every_family_computed = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 
 
 def built(name, **settings):
-    net, x = jn.from_linen(FAMILIES[name](**settings)), jax.random.uniform(KEY, (4, *CIFAR))
-    return net, *net.init(KEY, x), x
+    """With weights near those of the beginning, where some are zero and pass no gradient on."""
+    net, random = jn.from_linen(FAMILIES[name](**settings)), np.random.default_rng(0)
+    x = random.uniform(size=(4, *CIFAR)).astype(np.float32)
+    params, stats = jax.tree.map(np.asarray, jax.jit(net.init)(KEY, x))
+    return net, jax.tree.map(lambda leaf: np.float32(leaf + 0.01 * random.normal(size=leaf.shape)), params), stats, x
 
 
-@pytest.mark.slow
+def equations(program):
+    """Of a traced function and of all functions in it."""
+    for equation in program.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
 @every_family
+def test_settings_reach_every_layer(name):
+    """Of a network in bfloat16 with ``remat``: the same parameters; no product is single, all hidden layers forget."""
+    plain, other = (jn.from_linen(FAMILIES[name](**s)) for s in ({}, {"dtype": jnp.bfloat16, "remat": True}))
+    x = jax.ShapeDtypeStruct((2, *CIFAR), jnp.float32)
+    variables = jax.eval_shape(plain.init, KEY, x)
+    assert jax.eval_shape(other.init, KEY, x) == variables
+    program = jax.make_jaxpr(other.train)(*variables, x, KEY)
+    assert program.out_avals[0].dtype == jnp.bfloat16
+    found = list(equations(program.jaxpr))
+    products = [one for one in found if one.primitive.name in ("dot_general", "conv_general_dilated")]
+    single = [one for one in products if any(operand.aval.dtype != jnp.bfloat16 for operand in one.invars)]
+    # But for the distances of radial basis functions, differences of large numbers.
+    assert len(single) == (name == "rbf_network") < len(products)
+    assert any(one.primitive.name == "remat2" for one in found)
+
+
+@pytest.mark.parametrize("name", ["lenet5", "lenet5_modern", "small_cnn", "madry_cnn"])
+def test_forgetting_keeps_less(name):
+    """As larger networks, in `test_layers`; dense layers with ReLU keep only their inputs anyway."""
+    assert kept(FAMILIES[name](remat=True)) < 0.4 * kept(FAMILIES[name]())
+
+
+@every_family_computed
 def test_forgetting_changes_nothing(name):
     """With ``remat``: the same parameters, values, gradients and statistics."""
     plain, params, stats, x = built(name)
@@ -160,37 +207,42 @@ def test_forgetting_changes_nothing(name):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), moved_too, moved)
 
 
-@pytest.mark.slow
-@every_family
+@every_family_computed
 def test_half_precision(name):
     """In bfloat16 the parameters stay single, and the logits are those of single precision, roughly."""
     net, params, stats, x = built(name)
     half, same, _, _ = built(name, dtype=jnp.bfloat16)
     jax.tree.map(np.testing.assert_array_equal, params, same)
-    logits, expected = half.infer(params, stats, x), net.infer(params, stats, x)
+    logits, expected, (_, moved) = jax.jit(
+        lambda params, stats, x: (
+            half.infer(params, stats, x), net.infer(params, stats, x), half.train(params, stats, x, KEY)
+        )
+    )(params, stats, x)  # fmt: skip
     assert logits.dtype == jnp.bfloat16
     np.testing.assert_allclose(logits.astype(jnp.float32), expected, atol=0.05 * float(jnp.abs(expected).max()))
-    _, moved = half.train(params, stats, x, KEY)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(moved))
 
 
-@pytest.mark.slow
-@every_family
+@every_family_computed
 def test_attacked_and_trained(name):
     """An adversarial training step in bfloat16 moves every parameter; attacks raise the loss."""
     net, params, stats, x = built(name, dtype=jnp.bfloat16)
-    y = jnp.arange(4)
+    y = np.arange(4)
     attack = partial(jn.attacks.pgd, threat=jn.Linf(0.1), steps=3)
-    x_adv = attack(KEY, net.logits_fn(params, stats), x, y)
+
+    @jax.jit
+    def attacked(params, x):
+        x_adv = attack(KEY, net.logits_fn(params, stats), x, y)
+        logits = (net.infer(params, stats, z).astype(jnp.float32) for z in (x, x_adv))
+        return x_adv, [jn.losses.cross_entropy(z, y).mean() for z in logits]
+
+    x_adv, (before, after) = attacked(params, x)
     assert x_adv.dtype == jnp.float32
-    before, after = (
-        jn.losses.cross_entropy(net.infer(params, stats, z).astype(jnp.float32), y).mean() for z in (x, x_adv)
-    )
     assert after > before
     with_heads = jn.objectives.auxiliary(net) if name == "googlenet" else None
     objective = jn.objectives.adversarial(net, attack, on_attacked=with_heads)
-    gradient = jax.grad(objective, has_aux=True)(params, stats, jn.types.Batch(x, y), KEY)[0]
-    assert all(bool(jnp.any(leaf != 0)) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
+    gradient = jax.jit(jax.grad(objective, has_aux=True))(params, stats, jn.types.Batch(x, y), KEY)[0]
+    assert all(np.any(leaf != np.float32(0)) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.parametrize("width", [27, 6])
@@ -238,8 +290,8 @@ def test_summary_of_blocks_adds_up():
 def test_summary_counts_statistics_and_activations():
     found = models.summary(models.ResNet((1,), models.resnet.BasicBlock, 10, 4, models.cifar_stem), (8, 8, 3))
     assert found.statistics == 3 * 2 * 4
-    # Convolution and batch norm of the stem and twice of the block, the shortcut, and the logits.
-    assert found.activations == 7 * 8 * 8 * 4 + 10
+    # Convolution and batch norm of the stem and twice of the block, and the logits; the shortcut gives back its input.
+    assert found.activations == 6 * 8 * 8 * 4 + 10
     lines = str(found).splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["layer", "conv1", "bn1", "layer1_0", "fc"]
     assert lines[3].split()[1:] == ["8x8x4", "304", "0.04"]

@@ -259,6 +259,8 @@ def test_variances_of_initialisers(name, variance, shape):
     # The variance of a sample of N has a relative deviation of about sqrt(2 / N): below 0.01 here.
     np.testing.assert_allclose(kernel.var(), expected, rtol=0.05)
     assert abs(kernel.mean()) < 5 * np.sqrt(expected / kernel.size)
+    # A normal distribution cut off at two deviations is left with 0.8796 of its own.
+    assert 1.9 < 0.8796 * abs(kernel).max() / np.sqrt(expected) < 2.001
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30), (3, 3, 5, 20)])

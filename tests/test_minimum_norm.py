@@ -244,7 +244,7 @@ def step_in(x):
 def test_a_row_without_a_gradient_goes_somewhere(name):
     x = np.full((ROWS, N), 0.5)
     x_adv = run(name, x, np.zeros(ROWS, int), step_in)
-    assert (np.linalg.norm(np.asarray(x_adv) - 0.5, axis=1) > 1).all()
+    assert (np.linalg.norm(np.asarray(x_adv) - 0.5, axis=1) > 1 - 1e-6).all()  # they end where rounding decides
     assert np.abs(np.asarray(x_adv)[0] - np.asarray(x_adv)[1]).max() > 0.1
     other = run(name, x, np.zeros(ROWS, int), step_in, key=jax.random.key(1))
     assert np.abs(np.asarray(x_adv) - np.asarray(other)).max() > 0.1

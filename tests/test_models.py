@@ -14,6 +14,7 @@ from jax import lax
 
 import jaxnets as jn
 from jaxnets.models import layers, lenet
+from jaxnets.models.layers import units
 
 CONVOLUTIONS = {
     "plain": {"window_strides": (1, 1), "padding": "VALID"},
@@ -202,6 +203,8 @@ def test_a_window_larger_than_the_image_raises():
 # Models.
 
 MODELS = {
+    "Perceptron": (jn.models.Perceptron(), 784 * 10 + 10),
+    "RBFNetwork": (jn.models.RBFNetwork(30), 30 * 784 + 30 + 30 * 10 + 10),
     "LeNet5": (lenet.LeNet5(), 60_000),
     "LeNet5.modern": (lenet.LeNet5.modern(), 61_706),
     "SmallCNN": (jn.models.SmallCNN(), 166_406),
@@ -318,12 +321,151 @@ def test_directional_derivatives_of_models(name, seed):
             np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), rtol=1e-1)
 
 
-def test_computation_in_half_precision_keeps_parameters_in_single():
-    for model in (jn.models.MadryCNN, jn.models.SmallCNN, partial(jn.models.MLP, (4,))):
-        net = jn.from_linen(model(dtype=jnp.bfloat16))
-        params, stats = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
-        assert jax.eval_shape(net.infer, params, stats, jnp.zeros((1, 8, 8, 1))).dtype == jnp.bfloat16
+# Activations by name, and precision.
+
+LAYERS = {
+    "Perceptron": (jn.models.Perceptron, ["Dense_0"], {"output": (10,)}),
+    "MLP": (partial(jn.models.MLP, (7, 6)), ["Dense_0", "Dense_1", "Dense_2"], {"hidden1": (7,), "hidden2": (6,)}),
+    "RBFNetwork": (partial(jn.models.RBFNetwork, 5), ["Dense_0", "RadialBasis_0"], {"hidden": (5,)}),
+    "LeNet5": (
+        jn.models.LeNet5,
+        ["Conv_0", "Dense_0", "Dense_1", "SparseC3_0", "Subsampling_0", "Subsampling_1"],
+        # The paper's figure 2.
+        {
+            "c1": (28, 28, 6), "s2": (14, 14, 6), "c3": (10, 10, 16), "s4": (5, 5, 16),
+            "c5": (120,), "f6": (84,), "output": (10,),
+        },
+    ),
+    "LeNet5.modern": (
+        jn.models.LeNet5.modern,
+        ["Conv_0", "Conv_1", "Dense_0", "Dense_1", "Dense_2"],
+        {
+            "c1": (28, 28, 6), "s2": (14, 14, 6), "c3": (10, 10, 16), "s4": (5, 5, 16),
+            "c5": (120,), "f6": (84,), "output": (10,),
+        },
+    ),
+    "SmallCNN": (
+        jn.models.SmallCNN,
+        ["Conv_0", "Conv_1", "Dense_0", "Dense_1"],
+        {"conv1": (14, 14, 16), "conv2": (7, 7, 32), "fc1": (100,)},
+    ),
+    "MadryCNN": (
+        jn.models.MadryCNN,
+        ["Conv_0", "Conv_1", "Dense_0", "Dense_1"],
+        {"conv1": (28, 28, 32), "pool1": (14, 14, 32), "conv2": (14, 14, 64), "pool2": (7, 7, 64), "fc1": (1024,)},
+    ),
+}  # fmt: skip
+every_small_network = pytest.mark.parametrize("name", LAYERS)
+
+
+@every_small_network
+def test_names_of_parameters_and_activations(name):
+    """Saved weights go by the former; the latter are the same with ``remat``, and in the computation's precision."""
+    make, owners, expected = LAYERS[name]
+    x = jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
+    nets = [jn.from_linen(make(**s)) for s in ({}, {"remat": True, "dtype": jnp.bfloat16})]
+    variables = jax.eval_shape(nets[0].init, jax.random.key(0), x)
+    assert sorted(variables[0]) == owners
+    plain, half = (jax.eval_shape(net.activations, *variables, x)[2] for net in nets)
+    layers_of_its_own = {path.split("/")[0] for path in plain if path[0].isupper()}
+    assert layers_of_its_own - {"EuclideanRBF_0"} == set(owners)
+    assert {path: one.shape[1:] for path, one in plain.items() if path not in layers_of_its_own} == expected
+    assert {path: one.shape for path, one in half.items()} == {path: one.shape for path, one in plain.items()}
+    assert {one.dtype for one in plain.values()} == {np.dtype(np.float32)}
+    assert {one.dtype for one in half.values()} == {np.dtype(jnp.bfloat16)}
+
+
+def seen_in(module, image, rows=3):
+    """Logits, activations and parameters, of random ones."""
+    net, random = jn.from_linen(module), np.random.default_rng(0)
+    x = random.normal(size=(rows, *image)).astype(np.float32)
+    shapes, stats = jax.eval_shape(net.init, jax.random.key(1), x)
+    scaled = lambda leaf: np.float32(random.normal(size=leaf.shape) / np.sqrt(leaf.size // leaf.shape[-1]))  # noqa: E731
+    params = jax.tree.map(scaled, shapes)
+    logits, _, seen = jax.tree.map(np.asarray, jax.jit(net.activations)(params, stats, x))
+    return logits, seen, params
+
+
+def test_activations_of_an_mlp_are_after_relu():
+    logits, seen, params = seen_in(jn.models.MLP((7, 6)), (5,))
+    for below, above, dense in (("hidden1", "hidden2", "Dense_1"), ("hidden2", None, "Dense_2")):
+        sums = seen[below] @ params[dense]["kernel"] + params[dense]["bias"]
+        np.testing.assert_allclose(np.maximum(sums, 0) if above else sums, seen[above] if above else logits, atol=1e-5)
+    assert 0 < (seen["hidden1"] == 0).mean() < 1
+
+
+def test_activations_of_lenet_are_the_states_of_its_units():
+    """After the squashing function: what the layer above computes with."""
+    logits, seen, params = seen_in(lenet.LeNet5(), (28, 28, 1), rows=1)
+    sums = ["Conv_0", "Subsampling_0", "SparseC3_0", "Subsampling_1", "Dense_0", "Dense_1"]
+    for state, layer in zip(("c1", "s2", "c3", "s4", "c5", "f6"), sums, strict=True):
+        np.testing.assert_allclose(seen[state], 1.7159 * np.tanh(2 / 3 * seen[layer]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(seen["output"], logits)
+    c5 = seen["s4"].reshape(1, -1) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+    np.testing.assert_allclose(seen["Dense_0"], c5, rtol=1e-4, atol=1e-5)
+
+
+def test_activations_of_madrys_network_before_and_after_pooling():
+    _, seen, params = seen_in(jn.models.MadryCNN(), (8, 8, 1), rows=2)
+    for number in (1, 2):
+        rectified = seen[f"conv{number}"]
+        np.testing.assert_array_equal(rectified, np.maximum(seen[f"Conv_{number - 1}"], 0))
+        windows = rectified.reshape(2, rectified.shape[1] // 2, 2, rectified.shape[2] // 2, 2, -1)
+        np.testing.assert_array_equal(seen[f"pool{number}"], windows.max(axis=(2, 4)))
+    fc1 = seen["pool2"].reshape(2, -1) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+    np.testing.assert_allclose(seen["fc1"], np.maximum(fc1, 0), atol=1e-4)
+
+
+# Radial basis functions.
+
+
+@pytest.mark.parametrize("offset", [0, 0.5, 1000])
+def test_squared_distances_in_single_precision(offset):
+    """Errors of 2e-6 of typical distances, as of sums of squared differences, however far away zero is."""
+    random = np.random.default_rng(0)
+    centers = (random.uniform(size=(30, 3072)) + offset).astype(np.float32)
+    near = centers[:10] + 8 / 255 * np.sign(random.normal(size=(10, 3072)))
+    x = np.concatenate([centers[:10], near, random.uniform(size=(10, 3072)) + offset]).astype(np.float32)
+    wide, wide_centers = x.astype(np.float64), centers.astype(np.float64)
+    expected = np.stack([((row - wide_centers) ** 2).sum(axis=1) for row in wide])
+    direction = random.normal(size=expected.shape).astype(np.float32).astype(np.float64)
+    got, pull = jax.vjp(units.squared_distances, x, centers)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * 3072 / 6)
+    assert (got >= 0).all()
+    of_x = 2 * (direction.sum(axis=1, keepdims=True) * wide - direction @ wide_centers)
+    of_centers = 2 * (direction.sum(axis=0)[:, None] * wide_centers - direction.T @ wide)
+    # A distance that is rounded to zero passes no gradient on; it is of a row at its centre, and has none.
+    for slope, true in zip(pull(jnp.float32(direction)), (of_x, of_centers), strict=True):
+        np.testing.assert_allclose(slope, true, rtol=0, atol=1e-5 * np.abs(true).max())
+
+
+def test_radial_basis_holds_no_row_for_each_centre():
+    """A training step's program has no array of rows times centres times inputs."""
+    net, x = jn.from_linen(jn.models.RBFNetwork(40)), jax.ShapeDtypeStruct((50, 300), jnp.float32)
+    params, stats = jax.eval_shape(net.init, jax.random.key(0), x)
+    slope = jax.grad(lambda params, x: net.infer(params, stats, x).sum(), (0, 1))
+    program = jax.jit(slope).lower(params, x).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 50 * 40 * 300 * 4 / 4
+
+
+@pytest.mark.parametrize("inputs", [12, 3072])
+def test_width_of_radial_basis_is_half_the_distance_of_centres(inputs):
+    module = layers.RadialBasis(20, nn.initializers.uniform(1.0))
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, inputs)))["params"]
+    centers = np.asarray(params["centers"], np.float64)
+    pairs = [((a - b) ** 2).sum() for i, a in enumerate(centers) for b in centers[:i]]
+    np.testing.assert_allclose(np.exp(params["log_width"]), np.sqrt(np.mean(pairs)) / 2, rtol=1e-4)
+    # So no image of the box is out of every bump's reach, nor is all of it in one bump.
+    images = np.random.default_rng(0).uniform(size=(10, inputs)) ** 3
+    reached = np.asarray(module.apply({"params": params}, images.astype(np.float32)))
+    assert reached.max(axis=1).min() > 0.05
+    assert reached.mean() < 0.6
+
+
+def test_a_single_centre_needs_a_width():
+    with pytest.raises(ValueError, match="single centre has no distance to others"):
+        jax.eval_shape(layers.RadialBasis(1).init, jax.random.key(0), jnp.zeros((1, 3)))
+    jax.eval_shape(layers.RadialBasis(1, width=2.0).init, jax.random.key(0), jnp.zeros((1, 3)))
 
 
 # From Flax to pure functions.
@@ -357,6 +499,23 @@ def test_dropout_is_on_in_training_alone(module):
     dropped = np.asarray(one) == 0
     assert 0 < dropped.sum() < dropped.size
     np.testing.assert_allclose(np.asarray(one)[~dropped], 2 * np.asarray(sure)[~dropped], rtol=1e-6)
+
+
+def test_what_modules_sow_is_an_activation():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("intermediates", "doubled", 2 * x)
+            return 3 * x
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Block(name="block")(x)
+
+    seen = jn.from_linen(Net()).activations({}, {}, np.ones((1, 2)))[2]
+    assert sorted(seen) == ["block", "block/doubled"]
+    np.testing.assert_array_equal(seen["block/doubled"], [[2, 2]])
 
 
 def test_a_classifier_without_parameters():

@@ -162,6 +162,11 @@ def _laid(patch: Array, image: Array, middle: Array, half: Array, angle: Array, 
     down, right = rows - middle[0], columns - middle[1]
     v = (jnp.cos(angle) * down - jnp.sin(angle) * right) / half
     u = (jnp.sin(angle) * down + jnp.cos(angle) * right) / half
-    at = [(one + 1) / 2 * side - 0.5 for one, side in zip((v, u), patch.shape[:2], strict=True)]
+    at = [_on_grid((one + 1) / 2 * side - 0.5) for one, side in zip((v, u), patch.shape[:2], strict=True)]
     seen = jax.vmap(lambda channel: map_coordinates(channel, at, 1, "nearest"), in_axes=-1, out_axes=-1)(patch)
     return jnp.where(shape(u, v)[..., None], seen, image).astype(image.dtype)
+
+
+def _on_grid(coordinate: Array) -> Array:
+    """To multiples of 1/4096: computed twice, for pixels and for weights, it may lie on two sides of a whole number."""
+    return jnp.round(coordinate * 4096) / 4096

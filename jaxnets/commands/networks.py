@@ -37,6 +37,10 @@ def _resnet(make: Callable[..., Any]) -> Named:
     return _either(lambda classes: make(classes), lambda classes: make(classes, stem=models.cifar_stem))
 
 
+def _preact(make: Callable[..., Any]) -> Named:
+    return _cifar(lambda classes: make(classes=classes))
+
+
 def _on(image: tuple[int, int, int], make: Callable[[int], Any]) -> Named:
     return Named(lambda classes, side: make(classes), image, 10)
 
@@ -58,14 +62,20 @@ MODELS: dict[str, Named] = {
     "small_cnn": _mnist(models.SmallCNN),
     "madry_cnn": _mnist(models.MadryCNN),
     "alexnet": _either(models.AlexNet, models.AlexNet.small),
+    "alexnet_one_column": Named(lambda classes, _: models.AlexNet.one_column(classes)),
     "zfnet": _either(models.ZFNet, models.ZFNet.small),
     **{name: _vgg(getattr(models, name)) for name in ("vgg11", "vgg13", "vgg16", "vgg19")},
     **{name: _vgg(getattr(models, name)) for name in ("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")},
     "googlenet": _either(models.GoogLeNet, models.GoogLeNet.small),
+    "googlenet_bn": _either(models.GoogLeNet.with_batch_norm, models.GoogLeNet.small),
     **{name: _resnet(getattr(models, name)) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
-    "preact_resnet18": _cifar(lambda classes: models.preact_resnet18(classes=classes)),
-    "preact_resnet34": _cifar(lambda classes: models.preact_resnet34(classes=classes)),
-    "preact_resnet50": _cifar(lambda classes: models.preact_resnet50(classes=classes)),
+    **{f"cifar_resnet{layers}": _cifar(partial(models.cifar_resnet, layers)) for layers in (20, 56, 110)},
+    **{name: _preact(getattr(models, name)) for name in ("preact_resnet18", "preact_resnet34", "preact_resnet50")},
+    **{name: _preact(getattr(models, name)) for name in ("preact_resnet110", "preact_resnet164", "preact_resnet1001")},
+    "preact_resnet200": _either(
+        lambda classes: models.preact_resnet200(classes=classes),
+        lambda classes: models.preact_resnet200(classes=classes, stem=models.cifar_stem),
+    ),
     "wide_resnet28_10": _cifar(models.wide_resnet28_10),
     "wide_resnet34_10": _cifar(models.wide_resnet34_10),
     "wide_resnet70_16": _cifar(models.wide_resnet70_16),
@@ -76,5 +86,11 @@ MODELS: dict[str, Named] = {
 
 
 def module(name: str, classes: int, image: tuple[int, ...]) -> Any:
-    """The network of a name for images ``[H, W, C]``."""
+    """The network of a name for images ``[H, W, C]``.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"no network is called {name!r}: take one of {', '.join(MODELS)}")
     return MODELS[name].make(classes, min(image[:2]))

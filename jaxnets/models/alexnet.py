@@ -22,8 +22,9 @@ from jaxnets.types import Array
 class AlexNet(nn.Module):
     """Five convolutions, overlapping pooling, normalisation across channels, three dense layers with dropout.
 
-    60,965,224 parameters with 1000 classes. Images are 224x224 or 227x227; others are averaged to the 6x6 places that
-    the dense layers take. Kernels start at He's normal, not at the paper's normal of deviation 0.01.
+    60,965,224 parameters with 1000 classes. Images are 224x224 or 227x227; of others, maps are averaged to the 6x6
+    places that the dense layers take, smaller maps repeated. Kernels start at `layers.he`, not at the paper's normal of
+    deviation 0.01.
 
     Attributes:
       classes: number of logits.
@@ -34,7 +35,7 @@ class AlexNet(nn.Module):
       stem: kernel, stride and padding of the first convolution.
       places: rows and columns that the dense layers take.
       dropout: share of the units of the first two dense layers that a training step leaves out.
-      remat: keep only each layer's input for the backward pass.
+      remat: keep only each convolution's input for the backward pass; of the dense layers everything is kept.
       dtype: of the computation.
 
     Krizhevsky et al. 2012, ImageNet classification with deep convolutional neural networks.

@@ -38,13 +38,13 @@ _HEADS = {"4a": "aux1", "4d": "aux2"}
 
 
 class Form(NamedTuple):
-    """In what the published network and the one with batch norm differ.
+    """In what the published network (`PUBLISHED`) and the one of torchvision's weights (`WITH_BATCH_NORM`) differ.
 
     Attributes:
       norm: makes a normalisation after each convolution; where there is none the stem normalises across channels.
       kernel: side of the largest kernels of a module.
       last_pool: side of the window of the pooling between the modules 4e and 5a.
-      head_pool: what an auxiliary head sees of a map, 4x4 places.
+      head_pool: what an auxiliary head sees of a map: 4x4 places, of the published one where images are 224x224.
     """
 
     norm: Callable[..., nn.Module] | None
@@ -53,14 +53,40 @@ class Form(NamedTuple):
     head_pool: Callable[[Array], Array]
 
 
-_adaptive = partial(adaptive_avg_pool, size=(4, 4))
-_PUBLISHED = Form(None, 5, 3, partial(avg_pool, window=(5, 5), strides=(3, 3)))
-_WITH_BATCH_NORM = Form(partial(BatchNorm, eps=1e-3), 3, 2, _adaptive)
+def _mean_of_windows(x: Array) -> Array:
+    """Over 5x5 places, every three."""
+    if min(x.shape[1:3]) < 5:
+        raise ValueError(
+            f"the heads of the published GoogLeNet see windows of 5x5 in maps of {x.shape[1]}x{x.shape[2]}: initialise "
+            "and train it with images of 79x79 or more, or take GoogLeNet.with_batch_norm or .small"
+        )
+    return avg_pool(x, (5, 5), (3, 3))
+
+
+PUBLISHED = Form(None, 5, 3, _mean_of_windows)
+WITH_BATCH_NORM = Form(partial(BatchNorm, eps=1e-3), 3, 2, partial(adaptive_avg_pool, size=(4, 4)))
 
 
 def _pool(x: Array, window: int = 3) -> Array:
-    """Half of the size, rounded up."""
+    """Half of the size, rounded down by windows of 3x3 and up by those of 2x2."""
     return max_pool(x, (window, window), (2, 2), ((0, 1), (0, 1)))
+
+
+def _scaled(features: int, width: float) -> int:
+    return max(int(features * width), 1)
+
+
+def large_stem(x: Array, width: float, form: Form, train: bool, dtype: Any = None) -> Array:
+    """Convolutions of 7x7, 1x1 and 3x3 and two poolings to an eighth of the size."""
+    conv, across = partial(ConvBlock, norm=form.norm, dtype=dtype), identity if form.norm else local_response_norm
+    x = conv(_scaled(64, width), 7, 2, 3, after=lambda x: across(_pool(x)), name="conv1")(x, train)
+    x = conv(_scaled(64, width), 1, name="conv2")(x, train)
+    return conv(_scaled(192, width), 3, padding=1, after=lambda x: _pool(across(x)), name="conv3")(x, train)
+
+
+def small_stem(x: Array, width: float, form: Form, train: bool, dtype: Any = None) -> Array:
+    """A 3x3 convolution that keeps the size, for images of 32x32."""
+    return ConvBlock(_scaled(192, width), 3, padding=1, norm=form.norm, dtype=dtype, name="conv3")(x, train)
 
 
 class Inception(nn.Module):
@@ -94,7 +120,15 @@ class Inception(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """Logits from the middle of the network: pooling to 4x4, a 1x1 convolution, two dense layers with dropout."""
+    """Logits from the middle of the network: mean pooling, a 1x1 convolution, two dense layers with dropout.
+
+    Attributes:
+      classes: number of logits.
+      features: of the convolution.
+      hidden: units of the first dense layer.
+      form: as in `GoogLeNet`.
+      dtype: of the computation.
+    """
 
     classes: int
     features: int
@@ -116,16 +150,20 @@ class GoogLeNet(nn.Module):
     """A stem of three convolutions, nine `Inception` modules, the mean over places, one dense layer.
 
     6,998,552 parameters with 1000 classes, without the two auxiliary heads. Those, ``aux1`` and ``aux2``, give logits
-    of their own from the modules 4a and 4d: they are among the network's activations, and a compiled program that has
-    no use for them does not compute them. `GoogLeNet.with_batch_norm` is the form of which torchvision has weights.
+    of their own from the modules 4a and 4d: they are among the network's activations, and are computed for these and at
+    initialisation alone. The published ones take images of one size, that of initialisation; all else takes any size.
+    `GoogLeNet.with_batch_norm` is the form of which torchvision has weights.
 
     Attributes:
       classes: number of logits.
-      width: multiplies all numbers of features.
-      form: the published one unless given.
-      small_stem: one 3x3 convolution that keeps the size, for images of 32x32, in place of the three.
+      width: factor of every number of features and of hidden units, rounded down; 1 as published.
+      form: `PUBLISHED`, `WITH_BATCH_NORM` or another `Form`.
+      stem: `large_stem`, or `small_stem` for images of 32x32.
       remat: keep only each module's input for the backward pass.
       dtype: of the computation.
+
+    Raises:
+      ValueError: where images are too small for the heads, at initialisation and where activations are wanted.
 
     Szegedy et al. 2015, https://arxiv.org/abs/1409.4842.
 
@@ -137,47 +175,35 @@ class GoogLeNet(nn.Module):
 
     classes: int = 1000
     width: float = 1.0
-    form: Form = _PUBLISHED
-    small_stem: bool = False
+    form: Form = PUBLISHED
+    stem: Callable[..., Array] = large_stem
     remat: bool = False
     dtype: Any = None
 
     @classmethod
     def with_batch_norm(cls, classes: int = 1000, **settings: Any) -> "GoogLeNet":
         """As in torchvision: batch norm, 3x3 where the paper has 5x5; 6,624,904 parameters without the heads."""
-        return cls(classes, form=_WITH_BATCH_NORM, **settings)
+        return cls(classes, form=WITH_BATCH_NORM, **settings)
 
     @classmethod
     def small(cls, classes: int = 10, **settings: Any) -> "GoogLeNet":
         """For images of 32x32, with batch norm."""
-        return cls(classes, form=_WITH_BATCH_NORM, small_stem=True, **settings)
+        return cls(classes, form=WITH_BATCH_NORM, stem=small_stem, **settings)
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         module, form = remat_if(self.remat, Inception), self.form
-        x = self._stem(x, train)
+        x = self.stem(x, self.width, form, train, self.dtype)
         for name, features in _MODULES.items():
             if name in ("4a", "5a"):
                 x = _pool(x, 3 if name == "4a" else form.last_pool)
-            scaled = tuple(map(self._scaled, features))
+            scaled = tuple(_scaled(number, self.width) for number in features)
             x = module(scaled, form.norm, form.kernel, self.dtype, name=f"inception{name}")(x, train)
-            if name in _HEADS:
-                head = AuxiliaryHead(
-                    self.classes, self._scaled(128), self._scaled(1024), form, self.dtype, name=_HEADS[name]
-                )
-                head(x, train)
+            if name in _HEADS and self._heads_are_wanted():
+                sizes = self.classes, _scaled(128, self.width), _scaled(1024, self.width)
+                AuxiliaryHead(*sizes, form, self.dtype, name=_HEADS[name])(x, train)
         x = nn.Dropout(0.4, deterministic=not train)(jnp.mean(x, axis=(1, 2)))
         return nn.Dense(self.classes, dtype=self.dtype, name="fc")(x)
 
-    def _scaled(self, features: int) -> int:
-        return max(int(features * self.width), 1)
-
-    def _stem(self, x: Array, train: bool) -> Array:
-        """An eighth of the size, or all of it."""
-        conv = partial(ConvBlock, norm=self.form.norm, dtype=self.dtype)
-        across = identity if self.form.norm else local_response_norm
-        if self.small_stem:
-            return conv(self._scaled(192), 3, padding=1, name="conv3")(x, train)
-        x = conv(self._scaled(64), 7, 2, 3, after=lambda x: across(_pool(x)), name="conv1")(x, train)
-        x = conv(self._scaled(64), 1, name="conv2")(x, train)
-        return conv(self._scaled(192), 3, padding=1, after=lambda x: _pool(across(x)), name="conv3")(x, train)
+    def _heads_are_wanted(self) -> bool:
+        return self.is_initializing() or self.is_mutable_collection("intermediates")

@@ -7,8 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 
-from jaxnets.models.layers import Conv, avg_pool, conv_general_dilated, flatten, max_pool
+from jaxnets.models.layers import Conv, avg_pool, conv_general_dilated, flatten, in_turn, max_pool
 from jaxnets.types import Array
 
 # Which of the six maps of S2 each of the sixteen maps of C3 sees: the paper's table I.
@@ -43,16 +44,21 @@ def scaled_tanh(x: Array) -> Array:
 class Subsampling(nn.Module):
     """The mean of each 2x2 window times a trainable coefficient, plus a trainable bias: one of each a map."""
 
+    dtype: Any = None
+
     @nn.compact
     def __call__(self, x: Array) -> Array:
         # The paper sums the four inputs; a coefficient of one on their mean is one quarter on their sum.
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
         return scale * avg_pool(x) + bias
 
 
 class SparseC3(nn.Module):
     """The third layer: sixteen 5x5 convolutions, each over 3, 4 or all 6 of the maps before it."""
+
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -61,14 +67,18 @@ class SparseC3(nn.Module):
             kernel = self.param(f"kernel_{number}", nn.initializers.lecun_normal(), (5, 5, len(seen), 1))
             kernels.append(jnp.zeros((5, 5, x.shape[-1], 1)).at[:, :, np.array(seen)].set(kernel))
         bias = self.param("bias", nn.initializers.zeros, (len(_C3_SEES),))
-        return conv_general_dilated(x, jnp.concatenate(kernels, axis=-1), (1, 1), "VALID") + bias
+        x, kernel, bias = promote_dtype(x, jnp.concatenate(kernels, axis=-1), bias, dtype=self.dtype)
+        return conv_general_dilated(x, kernel, (1, 1), "VALID") + bias
 
 
 class EuclideanRBF(nn.Module):
     """Minus half the squared distance to each digit's drawing: ``z_k = -|x - c_k|^2 / 2``; nothing to train.
 
     The paper's output is the squared distance; half of it, negated, is a logit with a Gaussian's meaning.
+    Of 84 terms, it is computed in single precision at least.
     """
+
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -76,7 +86,8 @@ class EuclideanRBF(nn.Module):
             [[1.0 if dot == "#" else -1.0 for dot in row] for line in _DIGITS for row in line.split()], np.float32
         )
         codes = rows.reshape(12, 10, 7).transpose(1, 0, 2).reshape(10, 84)
-        return -0.5 * jnp.sum((x[:, None, :] - codes) ** 2, axis=-1)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return (-0.5 * jnp.sum((wide[:, None, :] - codes) ** 2, axis=-1)).astype(self.dtype or x.dtype)
 
 
 class LeNet5(nn.Module):
@@ -84,45 +95,56 @@ class LeNet5(nn.Module):
 
     C1 6 maps of 5x5, S2 subsampling, C3 16 maps (sparsely connected), S4 subsampling, C5 120 units, F6 84 units, output
     by distance to ten fixed drawings; ``1.7159 tanh(2 x / 3)`` between. Images of 28x28 are padded to 32x32 with zeros;
-    larger ones are taken as they are.
+    larger ones are taken as they are. The layers' activations have the paper's names: ``c1``, ``s2``, ``c3``, ``s4``,
+    ``c5``, ``f6``, ``output``.
 
     Attributes:
       activation: between the layers.
-      subsampling: makes the layers S2 and S4.
-      c3: makes the third layer.
-      output: makes the last layer.
+      subsampling: makes the layers S2 and S4 from ``dtype``.
+      c3: makes the third layer from ``dtype``.
+      output: makes the last layer from ``dtype``.
+      remat: keep only the inputs of C1, C3, C5 and F6 for the backward pass.
+      dtype: of the computation.
 
     LeCun et al. 1998, Gradient-based learning applied to document recognition.
 
     >>> import jax, jax.numpy as jnp
-    >>> LeNet5().init_with_output(jax.random.key(0), jnp.zeros((2, 28, 28, 1)))[0].shape
+    >>> jax.eval_shape(LeNet5().init_with_output, jax.random.key(0), jnp.zeros((2, 28, 28, 1)))[0].shape
     (2, 10)
     """
 
     activation: Callable[[Array], Array] = scaled_tanh
-    subsampling: Callable[[], Any] = Subsampling
-    c3: Callable[[], Any] = SparseC3
-    output: Callable[[], Any] = EuclideanRBF
+    subsampling: Callable[..., Any] = Subsampling
+    c3: Callable[..., Any] = SparseC3
+    output: Callable[..., Any] = EuclideanRBF
+    remat: bool = False
+    dtype: Any = None
 
     @classmethod
-    def modern(cls, classes: int = 10) -> "LeNet5":
+    def modern(cls, classes: int = 10, **settings: Any) -> "LeNet5":
         """ReLU, max-pooling, a full third layer and a dense output: 61,706 parameters on 28x28x1."""
         return cls(
             activation=nn.relu,
-            subsampling=lambda: max_pool,
+            subsampling=lambda dtype: max_pool,
             c3=partial(Conv, 16, (5, 5), padding="VALID"),
             output=partial(nn.Dense, classes),
+            **settings,
         )
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        act = self.activation
         if x.shape[1:3] == (28, 28):
             x = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
         if min(x.shape[1:3]) < 32:
             raise ValueError(f"LeNet5 takes images of 28x28, or 32x32 and larger, got {x.shape[1]}x{x.shape[2]}")
-        x = act(self.subsampling()(act(Conv(6, (5, 5), padding="VALID")(x))))
-        x = act(self.subsampling()(act(self.c3()(x))))
-        x = act(nn.Dense(120)(flatten(x)))
-        x = act(nn.Dense(84)(x))
-        return self.output()(x)
+        layers, act = partial(in_turn, self, self.remat), self._activated
+        c1, subsampling = partial(Conv, 6, (5, 5), padding="VALID"), act(self.subsampling)
+        x = layers(x, c1=act(c1), s2=subsampling)
+        x = layers(x, c3=act(self.c3), s4=subsampling)
+        x = layers(flatten(x), c5=act(partial(nn.Dense, 120)))
+        x = layers(x, f6=act(partial(nn.Dense, 84)))
+        return layers(x, output=lambda x: self.output(dtype=self.dtype)(x))
+
+    def _activated(self, make: Callable[..., Any]) -> Callable[[Array], Array]:
+        """The layer that ``make`` makes, and the activation after it."""
+        return lambda x: self.activation(make(dtype=self.dtype)(x))

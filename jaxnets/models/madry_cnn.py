@@ -1,10 +1,11 @@
 """The convolutional network of the MNIST adversarial examples challenge."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 
-from jaxnets.models.layers import Conv, flatten, max_pool
+from jaxnets.models.layers import Conv, flatten, in_turn, max_pool
 from jaxnets.types import Array
 
 
@@ -14,18 +15,22 @@ class MadryCNN(nn.Module):
     3,274,634 parameters on 28x28x1. Kernels start at a normal of deviation 0.1 cut at two deviations, biases at 0.1, as
     published.
 
+    Its activations after ReLU and pooling are ``conv1``, ``pool1``, ``conv2``, ``pool2`` and ``fc1``.
+
     Attributes:
       classes: number of logits.
+      remat: keep only each convolution's and dense layer's input for the backward pass.
       dtype: of the computation.
 
     Madry et al. 2018, https://arxiv.org/abs/1706.06083.
 
     >>> import jax, jax.numpy as jnp
-    >>> MadryCNN().init_with_output(jax.random.key(0), jnp.zeros((2, 28, 28, 1)))[0].shape
+    >>> jax.eval_shape(MadryCNN().init_with_output, jax.random.key(0), jnp.zeros((2, 28, 28, 1)))[0].shape
     (2, 10)
     """
 
     classes: int = 10
+    remat: bool = False
     dtype: Any = None
 
     @nn.compact
@@ -35,7 +40,8 @@ class MadryCNN(nn.Module):
             "bias_init": nn.initializers.constant(0.1),
             "dtype": self.dtype,
         }
-        for features in (32, 64):
-            x = max_pool(nn.relu(Conv(features, (5, 5), **settings)(x)))
-        x = nn.relu(nn.Dense(1024, **settings)(flatten(x)))
+        layer, conv = partial(in_turn, self, self.remat), partial(Conv, kernel_size=(5, 5), **settings)
+        x = layer(x, conv1=lambda x: nn.relu(conv(32)(x)), pool1=max_pool)
+        x = layer(x, conv2=lambda x: nn.relu(conv(64)(x)), pool2=max_pool)
+        x = layer(flatten(x), fc1=lambda x: nn.relu(nn.Dense(1024, **settings)(x)))
         return nn.Dense(self.classes, **settings)(x)

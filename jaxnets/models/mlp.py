@@ -1,36 +1,44 @@
 """Multilayer perceptron."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 
-from jaxnets.models.layers import flatten
+from jaxnets.models.layers import flatten, in_turn
 from jaxnets.types import Array
 
 
 class MLP(nn.Module):
     """Fully connected layers with an activation between them: ``z = W_n a(... a(W_1 x + b_1) ...) + b_n``.
 
+    The hidden layers' activations are ``hidden1``, ``hidden2``, ...
+
     Attributes:
       widths: units of each hidden layer; none for a linear classifier.
       classes: number of logits.
       activation: any function of an array.
+      remat: keep only each layer's input for the backward pass.
       dtype: of the computation.
 
     >>> import jax, jax.numpy as jnp
-    >>> MLP((20, 10)).init_with_output(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))[0].shape
+    >>> jax.eval_shape(MLP((20, 10)).init_with_output, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))[0].shape
     (2, 10)
     """
 
     widths: Sequence[int] = (256, 256)
     classes: int = 10
     activation: Callable[[Array], Array] = nn.relu
+    remat: bool = False
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        def hidden(x: Array, width: int) -> Array:
+            return self.activation(nn.Dense(width, dtype=self.dtype)(x))
+
         x = flatten(x)
-        for width in self.widths:
-            x = self.activation(nn.Dense(width, dtype=self.dtype)(x))
+        for number, width in enumerate(self.widths, start=1):
+            x = in_turn(self, self.remat, x, **{f"hidden{number}": partial(hidden, width=width)})
         return nn.Dense(self.classes, dtype=self.dtype)(x)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -38,18 +38,20 @@ class Padded(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         missing = self.features - x.shape[-1]
+        if self.stride == 1 and not missing:
+            return x
         x = x[:, :: self.stride, :: self.stride]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
 
 
-class NoShortcut(nn.Module):
-    """Zero: what is left is a plain network."""
+class NoShortcut(NamedTuple):
+    """Zero: what is left is a plain network. No module, for there is no activation to name."""
 
     features: int
     stride: int
     dtype: Any = None
+    name: str | None = None
 
-    @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         return jnp.zeros((), x.dtype)
 
@@ -59,7 +61,7 @@ class BasicBlock(nn.Module):
 
     features: int
     stride: int = 1
-    shortcut: Callable[..., nn.Module] = Projection
+    shortcut: Callable[..., Callable[[Array, bool], Array]] = Projection
     dtype: Any = None
 
     @nn.compact
@@ -76,7 +78,7 @@ class Bottleneck(nn.Module):
 
     features: int
     stride: int = 1
-    shortcut: Callable[..., nn.Module] = Projection
+    shortcut: Callable[..., Callable[[Array, bool], Array]] = Projection
     dtype: Any = None
 
     @nn.compact
@@ -112,7 +114,7 @@ class ResNet(nn.Module):
       stages: blocks in each stage.
       block: `BasicBlock` or `Bottleneck`.
       classes: number of logits.
-      width: features of the first stage; 64 as published.
+      width: features of the stem and of the 3x3 convolutions of the first stage; 64 as published.
       stem: `imagenet_stem` or `cifar_stem`.
       shortcut: `Projection`, `Padded`, or `NoShortcut` for a plain network of as many layers.
       remat: keep only each block's input for the backward pass.
@@ -131,7 +133,7 @@ class ResNet(nn.Module):
     classes: int = 1000
     width: int = 64
     stem: Callable[..., Array] = imagenet_stem
-    shortcut: type[nn.Module] = Projection
+    shortcut: Callable[..., Callable[[Array, bool], Array]] = Projection
     remat: bool = False
     dtype: Any = None
 

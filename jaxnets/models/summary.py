@@ -1,6 +1,7 @@
 """What a network consists of, found without computing or allocating anything."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,7 +29,8 @@ class Summary(NamedTuple):
       parameters: trained numbers.
       flops: multiplications and additions of all dense layers and convolutions, and of attention, for one image.
       statistics: numbers that training moves and inference uses.
-      activations: numbers that all layers give for one image, from which the memory of a backward pass can be guessed.
+      activations: numbers that layers give for one image, from which the memory of a backward pass can be guessed; a
+        layer that gives back its very input, as dropout in inference and a shortcut without parameters, counts none.
     """
 
     layers: list[Layer]
@@ -69,7 +71,7 @@ def summary(module: nn.Module, image: tuple[int, ...], depth: int = 1) -> Summar
     1,620 parameters (6.3 KiB as float32), 0 statistics
     an image: 0.00 MFLOPs, 40 activations (160 B)
     """
-    variables, outputs = _shapes(module, image)
+    variables, outputs, idle = _shapes(module, image)
     params = _flat(variables.get("params", {}))
     statistics = sum(leaf.size for name in variables if name != "params" for leaf in jax.tree.leaves(variables[name]))
     flops = {name: _flops(name, output, params, outputs) for name, output in outputs.items()}
@@ -84,23 +86,32 @@ def summary(module: nn.Module, image: tuple[int, ...], depth: int = 1) -> Summar
         if name.count("/") < depth
     ]
     leaves = [name for name in outputs if not any(other.startswith(f"{name}/") for other in outputs)]
-    activations = sum(math.prod(outputs[name].shape) for name in leaves)
+    activations = sum(math.prod(outputs[name].shape) for name in leaves if name not in idle)
     return Summary(layers, sum(sizes.values()), sum(flops.values()), statistics, activations)
 
 
-def _shapes(module: nn.Module, image: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The variables, and what each layer gives for one image, in the order of the calls."""
-    order = []
+def _shapes(module: nn.Module, image: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
+    """The variables; what each layer gives for one image, in the order of the calls; which give back their input."""
+    order, idle = [], set()
+
+    def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        out = call(*args, **kwargs)
+        if context.method_name == "__call__" and args and out is args[0]:
+            idle.add("/".join(context.module.path))
+        return out
 
     def run(key, x):
-        _, variables = module.init_with_output(key, x, capture_intermediates=True)
+        with nn.intercept_methods(watch):
+            _, variables = module.init_with_output(key, x, capture_intermediates=True)
         captured = _flat(variables.pop("intermediates"))  # pyright: ignore
-        first = {path.removesuffix("__call__").strip("/"): values[0] for path, values in captured.items()}
+        # What modules sow by other names belongs to layers that are there already.
+        calls = {path: values[0] for path, values in captured.items() if path.endswith("__call__")}
+        first = {path.removesuffix("__call__").strip("/"): value for path, value in calls.items()}
         order.extend(name for name in first if name)
         return variables, first
 
     variables, outputs = jax.eval_shape(run, jax.random.key(0), jax.ShapeDtypeStruct((1, *image), jnp.float32))
-    return variables, {name: outputs[name] for name in order}
+    return variables, {name: outputs[name] for name in order}, idle
 
 
 def _flat(tree: Any) -> dict[str, Any]:

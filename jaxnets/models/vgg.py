@@ -35,9 +35,9 @@ class Stage(nn.Module):
 class VGG(nn.Module):
     """Five stages of convolutions of 3x3, with 64 to 512 features, and three dense layers with dropout.
 
-    Images are 224x224; others, of 32x32 and more, are averaged to the 7x7 places that the dense layers take. `vgg11`,
-    `vgg13`, `vgg16` and `vgg19` are configurations A, B, D and E of the paper; those with ``_bn`` have batch norm after
-    each convolution.
+    Images are 224x224; of others, from 32x32 on, maps are averaged to the 7x7 places that the dense layers take,
+    smaller maps repeated. `vgg11`, `vgg13`, `vgg16` and `vgg19` are configurations A, B, D and E of the paper; those
+    with ``_bn`` have batch norm after each convolution.
 
     Attributes:
       stages: convolutions in each.
@@ -47,7 +47,7 @@ class VGG(nn.Module):
       hidden: units of the first two dense layers.
       places: rows and columns that the dense layers take; 1 suits images of 32x32.
       dropout: share of the units of the first two dense layers that a training step leaves out.
-      remat: keep only each stage's input for the backward pass.
+      remat: keep only each stage's input for the backward pass; of the dense layers everything is kept.
       dtype: of the computation.
 
     Simonyan and Zisserman 2015, https://arxiv.org/abs/1409.1556.

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxnets.models.layers import BatchNorm, remat_if
-from jaxnets.models.preact_resnet import PreActBlock, he_conv
+from jaxnets.models.preact_resnet import PreActBlock, convolution_stem
 from jaxnets.types import Array
 
 
@@ -67,7 +67,7 @@ class WideResNet(nn.Module):
         blocks, rest = divmod(self.depth - 4, 6)
         if rest or blocks < 1:
             raise ValueError(f"a wide residual network has 6 n + 4 layers, 10 or more, got depth={self.depth}")
-        x = he_conv(16, (3, 3), padding=1, dtype=self.dtype, name="conv1")(x)
+        x = convolution_stem(x, 16, train, self.dtype)
         for number, stride in enumerate((1, 2, 2), start=1):
             settings: dict[str, Any] = {"dropout": self.dropout, "remat": self.remat, "dtype": self.dtype}
             x = Group(blocks, 8 * 2**number * self.widen, stride, **settings, name=f"block{number}")(x, train)

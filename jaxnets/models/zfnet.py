@@ -22,18 +22,18 @@ from jaxnets.types import Array
 class ZFNet(nn.Module):
     """AlexNet with a first convolution of 7x7 and stride 2, a second of stride 2, and without groups.
 
-    62,357,608 parameters with 1000 classes. Images are 224x224; others are averaged to the 6x6 places that the dense
-    layers take.
+    62,357,608 parameters with 1000 classes. Images are 224x224; of others, maps are averaged to the 6x6 places that the
+    dense layers take, smaller maps repeated.
 
     Attributes:
       classes: number of logits.
       features: channels of the five convolutions.
       hidden: units of the first two dense layers.
       stem: kernel, stride and padding of the first convolution.
-      stride: of the second convolution.
+      second: the same of the second.
       places: rows and columns that the dense layers take.
       dropout: share of the units of the first two dense layers that a training step leaves out.
-      remat: keep only each layer's input for the backward pass.
+      remat: keep only each convolution's input for the backward pass; of the dense layers everything is kept.
       dtype: of the computation.
 
     Zeiler and Fergus 2014, https://arxiv.org/abs/1311.2901.
@@ -48,7 +48,7 @@ class ZFNet(nn.Module):
     features: Sequence[int] = (96, 256, 384, 384, 256)
     hidden: int = 4096
     stem: tuple[int, int, int] = (7, 2, 1)
-    stride: int = 2
+    second: tuple[int, int, int] = (5, 2, 0)
     places: int = 6
     dropout: float = 0.5
     remat: bool = False
@@ -58,7 +58,7 @@ class ZFNet(nn.Module):
     def small(cls, classes: int = 10, width: int = 96, **settings: Any) -> "ZFNet":
         """For images of 32x32: a first convolution of 3x3, of ``width`` channels; all others in proportion."""
         features = [width * n // 96 for n in cls.features]
-        return cls(classes, features, width * 4096 // 96, (3, 1, 1), stride=1, places=3, **settings)
+        return cls(classes, features, width * 4096 // 96, (3, 1, 1), (5, 1, 2), places=3, **settings)
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -66,7 +66,7 @@ class ZFNet(nn.Module):
         pool = partial(max_pool, window=(3, 3), strides=(2, 2), padding=((0, 1), (0, 1)))
         pooled = lambda x: local_response_norm(pool(x))  # noqa: E731
         block = remat_if(self.remat, ConvBlock)
-        kernels = (self.stem, (5, self.stride, 2 * (self.stride == 1)), (3, 1, 1), (3, 1, 1), (3, 1, 1))
+        kernels = (self.stem, self.second, (3, 1, 1), (3, 1, 1), (3, 1, 1))
         last = partial(max_pool, window=(3, 3), strides=(2, 2))
         layers = zip(self.features, kernels, (1,) * 5, (pooled, pooled, identity, identity, last), strict=True)
         x = conv_chain(block, layers, x, train, self.dtype)

@@ -5,7 +5,7 @@ Dense layers and dropout are Flax's own.
 
 from flax.linen import Dense, Dropout
 
-from jaxnets.models.layers.blocks import ConvBlock, DenseHead, conv_chain, remat_if
+from jaxnets.models.layers.blocks import ConvBlock, DenseHead, conv_chain, in_turn, remat_if
 from jaxnets.models.layers.convolution import Conv, conv_general_dilated
 from jaxnets.models.layers.initializers import glorot, he, lecun, orthogonal
 from jaxnets.models.layers.normalization import BatchNorm, LayerNorm, local_response_norm
@@ -26,6 +26,6 @@ from jaxnets.models.layers.units import (
 __all__ = [
     "BatchNorm", "Conv", "ConvBlock", "Dense", "DenseHead", "Dropout", "LayerNorm", "RadialBasis",
     "adaptive_avg_pool", "avg_pool", "conv_chain", "conv_general_dilated", "flatten", "glorot", "he", "identity",
-    "leaky_relu", "lecun", "local_response_norm", "logistic", "max_pool", "maxout", "orthogonal", "piecewise_linear",
-    "relu", "remat_if", "softmax", "tanh", "threshold",
+    "in_turn", "leaky_relu", "lecun", "local_response_norm", "logistic", "max_pool", "maxout", "orthogonal",
+    "piecewise_linear", "relu", "remat_if", "softmax", "tanh", "threshold",
 ]  # fmt: skip

@@ -88,6 +88,27 @@ def conv_chain(
     return x
 
 
+def in_turn(network: nn.Module, remat: bool, x: Array, **functions: Callable[[Array], Array]) -> Array:
+    """One function after the other, for a network whose layers are no blocks: what each gives is an activation.
+
+    Functions make their layers where they are called, so that these are the network's own, by their own names.
+
+    Args:
+      network: the module that calls this.
+      remat: whether the backward pass keeps only ``x`` and computes the rest again.
+      x: input of the first.
+      functions: by the names of what they give, among the network's activations.
+    """
+
+    def run(network: nn.Module, x: Array) -> Array:
+        for name, function in functions.items():
+            x = function(x)
+            network.sow("intermediates", name, x)
+        return x
+
+    return (nn.remat(run) if remat else run)(network, x)
+
+
 def remat_if(remat: bool, block: type[nn.Module]) -> type[nn.Module]:
     """The block, ``(x, train)``, or one of which the backward pass keeps only the input and computes the rest again."""
     return nn.remat(block, static_argnums=(2,)) if remat else block  # pyright: ignore

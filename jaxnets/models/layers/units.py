@@ -4,10 +4,12 @@ Tanh, ReLU, leaky ReLU and softmax are those of `jax.nn`.
 """
 
 from functools import reduce
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxnets.types import Array
 
@@ -73,20 +75,55 @@ def maxout(x: Array, pieces: int = 2) -> Array:
 class RadialBasis(nn.Module):
     """Gaussian radial basis functions: ``exp(-|x - c_k|^2 / (2 sigma_k^2))``, of ``x[B, N]`` for each centre ``c_k``.
 
+    Distances are computed in single precision at least.
+
     Attributes:
       features: number of centres.
       centers_init: of the centres ``[features, N]``; normal with deviation one unless given.
-      width: every ``sigma_k`` at first.
+      width: every ``sigma_k`` at first; unless given a multiple of the distance between centres (Bishop 1995, Neural
+        networks for pattern recognition, section 5.9): half of its root mean square, so that two bumps meet at one
+        deviation. As distances do, it grows with the square root of ``N``: of narrow bumps all are zero everywhere.
+      dtype: of the result; that of ``x`` unless given.
+
+    Raises:
+      ValueError: for a single centre without a width.
+
+    >>> out = RadialBasis(50).init_with_output(jax.random.key(0), jnp.zeros((1, 3072)))[0]
+    >>> bool(jnp.allclose(out, jnp.exp(-1.0), atol=0.05))
+    True
     """
 
     features: int
     centers_init: nn.initializers.Initializer = nn.initializers.normal(1.0)
-    width: float = 1.0
+    width: float | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         centers = self.param("centers", self.centers_init, (self.features, x.shape[-1]))
         # By its logarithm a width stays positive under any step.
-        log_width = self.param("log_width", nn.initializers.constant(jnp.log(self.width)), (self.features,))
-        squared = jnp.sum((x[:, None] - centers) ** 2, axis=-1)
-        return jnp.exp(-squared / (2 * jnp.exp(2 * log_width)))
+        log_width = self.param("log_width", self._log_width, centers)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return jnp.exp(-squared_distances(wide, centers) / (2 * jnp.exp(2 * log_width))).astype(self.dtype or x.dtype)
+
+    def _log_width(self, _: Array, centers: Array) -> Array:
+        if self.width is None and self.features == 1:
+            raise ValueError("a single centre has no distance to others for its width: give RadialBasis a width")
+        # The mean squared distance of pairs is twice the variance of the sample, summed over inputs.
+        width = jnp.sqrt(2 * jnp.sum(jnp.var(centers, axis=0, ddof=1))) / 2 if self.width is None else self.width
+        return jnp.full(self.features, jnp.log(width), centers.dtype)
+
+
+def squared_distances(x: Array, centers: Array) -> Array:
+    """``|x_i - c_k|^2`` of ``x[B, N]`` and ``centers[C, N]``: ``[B, C]``, with nothing of the size of ``[B, C, N]``.
+
+    As ``|x|^2 - 2 x c + |c|^2``, a product of matrices, all of the differences from the mean of the centres: where both
+    are far from zero digits would be lost.
+
+    >>> print(squared_distances(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 0.0], [3.0, 3.0]])))
+    [[25.  1.]]
+    """
+    middle = lax.stop_gradient(jnp.mean(centers, axis=0))
+    x, centers = x - middle, centers - middle
+    products = jnp.dot(x, centers.T, precision=lax.Precision.HIGHEST)
+    return jnp.maximum(jnp.sum(x**2, axis=1)[:, None] - 2 * products + jnp.sum(centers**2, axis=1), 0)
