@@ -103,6 +103,21 @@ def test_what_holds_no_weights_or_several_is_refused(content, found):
         weights.from_torch(MODULE, IMAGE, content)
 
 
+def test_dtypes_that_are_no_weights_are_refused():
+    for dtype in (np.int8, bool, np.complex64):
+        state = STATE | {"0.weight": STATE["0.weight"].astype(dtype)}
+        message = f"the state_dict holds other dtypes: 0.weight is {np.dtype(dtype)}, the network takes float32"
+        with pytest.raises(ValueError, match=message):
+            weights.from_torch(MODULE, IMAGE, state)
+
+
+def test_tensors_without_dense_data_are_named():
+    torch = pytest.importorskip("torch")
+    for tensor in (torch.ones(5, 4, device="meta"), torch.ones(5, 4).to_sparse()):
+        with pytest.raises(ValueError, match=r"0\.weight is no dense tensor with data \(.+\): dequantize it"):
+            weights.from_torch(MODULE, IMAGE, STATE | {"0.weight": tensor})
+
+
 def test_without_pytorch_its_files_alone_cannot_be_read(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match="takes torch, which is not installed: pip install torch"):
@@ -137,7 +152,9 @@ def test_a_folder_gives_back_the_same_bits(tmp_path):
     assert got.config == CONFIG
     assert_same_bits(tuple(weights.load(tmp_path / "deep" / "model", like=TREES)[:2]), TREES)
     assert os.listdir(tmp_path / "deep") == ["model"]
-    about = json.loads((tmp_path / "deep" / "model" / "config.json").read_text())
+    files = [tmp_path / "deep" / "model" / name for name in ("model.safetensors", "config.json")]
+    assert files[0].stat().st_mode == files[1].stat().st_mode, "who may read one may read the other"
+    about = json.loads(files[1].read_text())
     assert about["format"] == 1
     assert about["versions"]["jax"] == jax.__version__
 
@@ -151,6 +168,13 @@ def test_a_published_network_is_built_again_from_its_folder(tmp_path):
     params_again, stats_again, said = weights.load(weights.fetch(str(tmp_path / "model")))
     again = jn.from_linen(networks.module(said["model"], said["classes"], said["image"]))
     np.testing.assert_array_equal(again.infer(params_again, stats_again, x), net.infer(params, stats, x))
+
+
+def test_a_folder_of_an_unknown_network_says_which_are_known(tmp_path):
+    weights.save(tmp_path / "model", {}, {}, {"model": "perceiver", "classes": 3, "image": [8, 8, 1]})
+    said = weights.load(tmp_path / "model").config
+    with pytest.raises(ValueError, match="no network is called 'perceiver': take one of perceptron, mlp, "):
+        networks.module(said["model"], said["classes"], said["image"])
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -184,6 +208,26 @@ def test_trees_that_would_come_back_as_others_are_refused(params, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_names_that_go_on_from_those_of_others_are_refused(tmp_path):
+    """Such a file cannot be a tree, in whichever order its names come."""
+    ends, goes_on = np.ones(2), {"b": np.ones(3)}
+    for params in ({"a": ends, "a/b": ends}, {"a/b": ends, "a": ends}):
+        with pytest.raises(ValueError, match="the tree has arrays by the names params/a, and arrays whose names go on"):
+            weights.save(tmp_path / "model", params, {}, {})
+    weights.save(tmp_path / "model", {"a": goes_on}, {}, {})
+    file = tmp_path / "model" / "model.safetensors"
+    for names in (("params/a", "params/a/b"), ("params/a/b/c", "params/a")):
+        safetensors.numpy.save_file(dict.fromkeys(names, ends), file)
+        with pytest.raises(ValueError, match=r"model\.safetensors has arrays by the names params/a, and arrays whose"):
+            weights.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("parts", [(np.ones(2), {}), ({}, np.ones(2))], ids=["params", "stats"])
+def test_an_array_is_no_tree(parts, tmp_path):
+    with pytest.raises(ValueError, match="only nested dicts of arrays can be saved"):
+        weights.save(tmp_path / "model", *parts, {})
+
+
 @pytest.mark.parametrize("leaf", [np.ones(2, jnp.float8_e4m3fn), np.ones(2, complex), np.array("a")])
 def test_dtypes_that_would_not_come_back_are_refused(leaf, tmp_path):
     with pytest.raises(ValueError, match=f"cannot be saved: {leaf.dtype}"):
@@ -208,13 +252,45 @@ def test_a_folder_that_does_not_fit_says_all_that_differs(tmp_path):
         weights.load(tmp_path / "model", like=like)
 
 
+def test_dtypes_other_than_those_of_the_network_are_named(tmp_path):
+    weights.save(tmp_path / "model", {"a": np.float16([1]), "b": np.float32([1])}, {"n": np.arange(2)}, {})
+    like = jax.eval_shape(lambda: ({"a": jnp.ones(1), "b": jnp.ones(1)}, {"n": jnp.ones(2)}))
+    message = (
+        r"holds other dtypes: params/a is float16, the network takes float32, stats/n is int64, the network takes "
+        r"float32\. Load it without like"
+    )
+    with pytest.raises(ValueError, match=message):
+        weights.load(tmp_path / "model", like=like)
+    assert weights.load(tmp_path / "model").params["a"].dtype == np.float16
+
+
+def raw(dtype, size, name="params/a"):
+    """A safetensors file of one array of two entries, written by hand."""
+    header = json.dumps({name: {"dtype": dtype, "shape": [2], "data_offsets": [0, size]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(size)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("config.json", b"{", "damaged or not of jaxnets"),
         ("config.json", b"[1]", "damaged or not of jaxnets"),
         ("config.json", b'{"format": 2, "config": {}}', "is of format 2, this version reads 1"),
+        ("config.json", b'{"format": "1", "config": {}}', "is of format '1', this version reads 1"),
+        ("config.json", b'{"format": 1, "config": [3]}', r"its config should be an object, got \[3\]"),
+        ("config.json", b'{"architectures": ["ViT"]}', r"damaged or not of jaxnets \(KeyError\('format'\)\)"),
+        ("config.json", b'{"format": 1}', r"damaged or not of jaxnets \(KeyError\('config'\)\)"),
+        ("config.json", b"", "damaged or not of jaxnets"),
+        ("config.json", b"\xff\xfe", "damaged or not of jaxnets"),
+        ("config.json", b"[" * 100_000, "damaged or not of jaxnets"),
+        ("config.json", b'{"format": ' + b"1" * 5000 + b"}", "damaged or not of jaxnets"),
         ("model.safetensors", b"junk", "model.safetensors is damaged"),
+        ("model.safetensors", b"", "model.safetensors is damaged"),
+        ("model.safetensors", raw("F32", 8)[:-1], "model.safetensors is damaged"),
+        ("model.safetensors", raw("F32", 4), "model.safetensors is damaged"),
+        ("model.safetensors", raw("F99", 8), "model.safetensors is damaged .*unknown variant `F99`"),
+        ("model.safetensors", raw("F8_E4M3", 2), "holds arrays that NumPy cannot .*float8_e4m3fn.*: save them anew"),
+        ("model.safetensors", raw("F32", 8, "params"), "it holds params, not params and stats, whose names begin with"),
         ("model.safetensors", safetensors.numpy.save(STATE), "it holds .*0.weight.*, not params and stats"),
         ("config.json", None, "lacks config.json or model.safetensors"),
         ("model.safetensors", None, "lacks config.json or model.safetensors"),

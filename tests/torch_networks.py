@@ -3,6 +3,7 @@
 Written from the papers, without a line of jaxnets; numbers of features are arguments so that tests can be small.
 """
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
@@ -35,6 +36,11 @@ def conv1x1(inputs, outputs, stride=1):
     return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
 
+def across_channels():
+    """The alpha of the AlexNet paper is 1e-4; PyTorch divides its own by the number of channels."""
+    return nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
+
+
 # Chains.
 
 
@@ -53,7 +59,7 @@ class Features(nn.Module):
 def alexnet(classes=10, features=(64, 192, 384, 256, 256), hidden=4096, groups=1, norm=None):
     """Without groups and normalisation that of torchvision."""
     a, b, c, d, e = features
-    across = [nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)] if norm else []
+    across = [across_channels()] if norm else []
     layers = [
         nn.Conv2d(3, a, 11, 4, 2), nn.ReLU(), *across, nn.MaxPool2d(3, 2),
         nn.Conv2d(a, b, 5, padding=2, groups=groups), nn.ReLU(), *across, nn.MaxPool2d(3, 2),
@@ -64,6 +70,22 @@ def alexnet(classes=10, features=(64, 192, 384, 256, 256), hidden=4096, groups=1
     head = [
         nn.Dropout(), nn.Linear(36 * e, hidden), nn.ReLU(),
         nn.Dropout(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, classes),
+    ]  # fmt: skip
+    return Features(layers, head, 6)
+
+
+def zfnet(classes=10, features=(96, 256, 384, 384, 256), hidden=4096):
+    a, b, c, d, e = features
+    layers = [
+        nn.Conv2d(3, a, 7, 2, 1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), across_channels(),
+        nn.Conv2d(a, b, 5, 2), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), across_channels(),
+        nn.Conv2d(b, c, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(c, d, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(d, e, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2),
+    ]  # fmt: skip
+    head = [
+        nn.Linear(36 * e, hidden), nn.ReLU(), nn.Dropout(),
+        nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(), nn.Linear(hidden, classes),
     ]  # fmt: skip
     return Features(layers, head, 6)
 
@@ -117,6 +139,79 @@ class LeNet(nn.Module):
         x = functional.max_pool2d(functional.relu(self.conv1(x)), 2)
         x = torch.flatten(functional.max_pool2d(functional.relu(self.conv2(x)), 2), 1)
         return self.fc3(functional.relu(self.fc2(functional.relu(self.fc1(x)))))
+
+
+# The first ones.
+
+
+class Perceptron(nn.Module):
+    """Units that are one or zero, with the slope of the identity."""
+
+    def __init__(self, inputs, classes=10):
+        super().__init__()
+        self.linear = nn.Linear(inputs, classes)
+
+    def forward(self, x):
+        z = self.linear(torch.flatten(x, 1))
+        return (z >= 0).to(z.dtype) + (z - z.detach())
+
+
+class RBFNetwork(nn.Module):
+    """Widths by their logarithms."""
+
+    def __init__(self, inputs, centers, classes=10):
+        super().__init__()
+        self.centers = nn.Parameter(torch.zeros(centers, inputs))
+        self.log_width = nn.Parameter(torch.zeros(centers))
+        self.linear = nn.Linear(centers, classes)
+
+    def forward(self, x):
+        distance = torch.cdist(torch.flatten(x, 1), self.centers, compute_mode="donot_use_mm_for_euclid_dist")
+        return self.linear(torch.exp(-0.5 * (distance / torch.exp(self.log_width)) ** 2))
+
+
+# A row for each map of S2, a column for each map of C3: table I of LeCun et al. 1998.
+C3_TABLE = (
+    "X...XXX..XXXX.XX",
+    "XX...XXX..XXXX.X",
+    "XXX...XXX..X.XXX",
+    ".XXX..XXXX..X.XX",
+    "..XXX..XXXX.XX.X",
+    "...XXX..XXXX.XXX",
+)
+
+
+class Subsampling(nn.Module):
+    """A coefficient and a bias for each map."""
+
+    def __init__(self, maps):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(maps, 1, 1)), nn.Parameter(torch.zeros(maps, 1, 1))
+
+    def forward(self, x):
+        return self.weight * functional.avg_pool2d(x, 2) + self.bias
+
+
+class LeNet1998(nn.Module):
+    """For images of 28x28. The drawings ``[10, 84]`` are figures in the paper, and so an argument here."""
+
+    def __init__(self, drawings):
+        super().__init__()
+        self.c1, self.s2 = nn.Conv2d(1, 6, 5, padding=2), Subsampling(6)
+        self.c3, self.s4 = nn.Conv2d(6, 16, 5), Subsampling(16)
+        self.c5, self.f6 = nn.Conv2d(16, 120, 5), nn.Linear(120, 84)
+        self.drawings = drawings
+        self.seen = torch.tensor([[mark == "X" for mark in row] for row in C3_TABLE]).T[:, :, None, None]
+
+    def forward(self, x):
+        x = self.squash(self.s2(self.squash(self.c1(x))))
+        x = functional.conv2d(x, self.c3.weight * self.seen, self.c3.bias)
+        x = self.squash(self.c5(self.squash(self.s4(self.squash(x)))))
+        x = self.squash(self.f6(torch.flatten(x, 1)))
+        return x @ self.drawings.T - (x**2).sum(1, keepdim=True) / 2 - (self.drawings**2).sum(1) / 2
+
+    def squash(self, x):
+        return 1.7159 * torch.tanh(x * 2 / 3)
 
 
 # Residual networks.
@@ -262,7 +357,7 @@ class WideResNet(nn.Module):
         return self.fc(functional.relu(self.bn1(x)).mean((2, 3)))
 
 
-# GoogLeNet, with batch norm.
+# GoogLeNet: with batch norm as torchvision has it, and as published without.
 
 
 class BasicConv2d(nn.Module):
@@ -275,15 +370,23 @@ class BasicConv2d(nn.Module):
         return functional.relu(self.bn(self.conv(x)))
 
 
-class Inception(nn.Module):
-    def __init__(self, inputs, one, before_three, three, before_five, five, after_pool):
+class PlainConv2d(nn.Module):
+    def __init__(self, inputs, outputs, kernel, **settings):
         super().__init__()
-        self.branch1 = BasicConv2d(inputs, one, 1)
-        self.branch2 = nn.Sequential(
-            BasicConv2d(inputs, before_three, 1), BasicConv2d(before_three, three, 3, padding=1)
-        )
-        self.branch3 = nn.Sequential(BasicConv2d(inputs, before_five, 1), BasicConv2d(before_five, five, 3, padding=1))
-        self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1, ceil_mode=True), BasicConv2d(inputs, after_pool, 1))
+        self.conv = nn.Conv2d(inputs, outputs, kernel, **settings)
+
+    def forward(self, x):
+        return functional.relu(self.conv(x))
+
+
+class Inception(nn.Module):
+    def __init__(self, conv, largest, inputs, one, before_three, three, before_five, five, after_pool):
+        super().__init__()
+        self.branch1 = conv(inputs, one, 1)
+        self.branch2 = nn.Sequential(conv(inputs, before_three, 1), conv(before_three, three, 3, padding=1))
+        last = conv(before_five, five, largest, padding=largest // 2)
+        self.branch3 = nn.Sequential(conv(inputs, before_five, 1), last)
+        self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1, ceil_mode=True), conv(inputs, after_pool, 1))
         self.outputs = one + three + five + after_pool
 
     def forward(self, x):
@@ -291,13 +394,15 @@ class Inception(nn.Module):
 
 
 class InceptionAux(nn.Module):
-    def __init__(self, inputs, features, hidden, classes):
+    """Dense layers take as many ``places`` as ``pool`` leaves."""
+
+    def __init__(self, conv, pool, places, inputs, features, hidden, classes):
         super().__init__()
-        self.conv = BasicConv2d(inputs, features, 1)
-        self.fc1, self.fc2 = nn.Linear(16 * features, hidden), nn.Linear(hidden, classes)
+        self.pool, self.conv = pool, conv(inputs, features, 1)
+        self.fc1, self.fc2 = nn.Linear(places * features, hidden), nn.Linear(hidden, classes)
 
     def forward(self, x):
-        x = torch.flatten(self.conv(functional.adaptive_avg_pool2d(x, 4)), 1)
+        x = torch.flatten(self.conv(self.pool(x)), 1)
         return self.fc2(functional.dropout(functional.relu(self.fc1(x)), 0.7, self.training))
 
 
@@ -310,26 +415,78 @@ class GoogLeNet(nn.Module):
         "4e": (256, 160, 320, 32, 128, 128), "5a": (256, 160, 320, 32, 128, 128),
         "5b": (384, 192, 384, 48, 128, 128),
     }  # fmt: skip
+    conv, largest, last_window, head_pool = BasicConv2d, 3, 2, nn.AdaptiveAvgPool2d(4)
 
-    def __init__(self, classes=10, divide=1):
+    def __init__(self, classes=10, divide=1, places=16):
         super().__init__()
         inputs, heads = 192 // divide, {"4a": "aux1", "4d": "aux2"}
-        self.conv1 = BasicConv2d(3, 64 // divide, 7, stride=2, padding=3)
-        self.conv2 = BasicConv2d(64 // divide, 64 // divide, 1)
-        self.conv3 = BasicConv2d(64 // divide, inputs, 3, padding=1)
+        self.conv1 = self.conv(3, 64 // divide, 7, stride=2, padding=3)
+        self.conv2 = self.conv(64 // divide, 64 // divide, 1)
+        self.conv3 = self.conv(64 // divide, inputs, 3, padding=1)
         for name, features in self.table.items():
-            module = Inception(inputs, *(number // divide for number in features))
+            module = Inception(self.conv, self.largest, inputs, *(number // divide for number in features))
             inputs = module.outputs
             self.add_module(f"inception{name}", module)
             if name in heads:
-                self.add_module(heads[name], InceptionAux(inputs, 128 // divide, 1024 // divide, classes))
+                sizes = places, inputs, 128 // divide, 1024 // divide, classes
+                self.add_module(heads[name], InceptionAux(self.conv, self.head_pool, *sizes))
         self.dropout, self.fc = nn.Dropout(0.2), nn.Linear(inputs, classes)
 
     def forward(self, x):
         halve = nn.MaxPool2d(3, 2, ceil_mode=True)
-        x = halve(self.conv3(self.conv2(halve(self.conv1(x)))))
-        x = self.inception4a(halve(self.inception3b(self.inception3a(x))))
+        x = self.inception4a(halve(self.inception3b(self.inception3a(self.stem(x, halve)))))
         first, x = self.aux1(x), self.inception4d(self.inception4c(self.inception4b(x)))
-        second, x = self.aux2(x), functional.max_pool2d(self.inception4e(x), 2, 2, ceil_mode=True)
+        second, x = self.aux2(x), self.inception4e(x)
+        x = functional.max_pool2d(x, self.last_window, 2, ceil_mode=True)
         x = self.inception5b(self.inception5a(x))
         return self.fc(self.dropout(x.mean((2, 3)))), first, second
+
+    def stem(self, x, halve):
+        return halve(self.conv3(self.conv2(halve(self.conv1(x)))))
+
+
+def googlenet_module(classes=10, divide=1):
+    """Cut off after the first module, with an auxiliary head at its end."""
+    module = Inception(BasicConv2d, 3, 192 // divide, *(number // divide for number in GoogLeNet.table["3a"]))
+    head = 16, module.outputs, 128 // divide, 1024 // divide, classes
+    layers = {
+        "conv1": BasicConv2d(3, 64 // divide, 7, stride=2, padding=3), "pool1": nn.MaxPool2d(3, 2, ceil_mode=True),
+        "conv2": BasicConv2d(64 // divide, 64 // divide, 1),
+        "conv3": BasicConv2d(64 // divide, 192 // divide, 3, padding=1), "pool2": nn.MaxPool2d(3, 2, ceil_mode=True),
+        "inception3a": module, "aux": InceptionAux(BasicConv2d, nn.AdaptiveAvgPool2d(4), *head),
+    }  # fmt: skip
+    return nn.Sequential(OrderedDict(layers))
+
+
+class PublishedGoogLeNet(GoogLeNet):
+    """Of the paper's table 1 and figure 3; heads see means of 5x5 places, every three."""
+
+    conv, largest, last_window, head_pool = PlainConv2d, 5, 3, nn.AvgPool2d(5, 3)
+
+    def stem(self, x, halve):
+        across = across_channels()
+        return halve(across(self.conv3(self.conv2(across(halve(self.conv1(x)))))))
+
+
+# Transformers.
+
+
+class ViT(nn.Module):
+    """Blocks are PyTorch's own encoder layers, normalising first."""
+
+    def __init__(self, image, patch, width, depth, heads, classes=10):
+        """Of images ``(C, H, W)``."""
+        super().__init__()
+        self.patches = nn.Conv2d(image[0], width, patch, patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.zeros(1, 1 + (image[1] // patch) * (image[2] // patch), width))
+        settings = {"dropout": 0.0, "activation": "gelu", "layer_norm_eps": 1e-6, "batch_first": True}
+        self.blocks = nn.Sequential(
+            *(nn.TransformerEncoderLayer(width, heads, 4 * width, norm_first=True, **settings) for _ in range(depth))
+        )
+        self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = torch.flatten(self.patches(x), 2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+        return self.head(self.norm(self.blocks(x))[:, 0])

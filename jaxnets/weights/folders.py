@@ -53,8 +53,7 @@ def save(folder: str | Path, params: Params, stats: Stats, config: Mapping[str, 
     Published(params={'Dense_0': {'bias': array([0., 0., 0.])}}, stats={}, config={'model': 'mlp', 'classes': 3})
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: choose another folder, or delete it")
+    check_unused(folder)
     arrays = _flat({"params": params, "stats": stats})
     text = _config_text(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,19 @@ def save(folder: str | Path, params: Params, stats: Stats, config: Mapping[str, 
         draft.mkdir()
         safetensors.numpy.save_file(arrays, draft / _ARRAYS)
         (draft / _CONFIG).write_text(text)
+        # safetensors lets the owner alone read its files.
+        (draft / _ARRAYS).chmod((draft / _CONFIG).stat().st_mode)
         draft.rename(folder)
+
+
+def check_unused(folder: Path) -> None:
+    """Whether `save` may write there: before the work that the weights take.
+
+    Raises:
+      ValueError: where something is in the folder.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already: choose another folder, or delete it")
 
 
 def load(folder: str | Path, like: tuple[Params, Stats] | None = None) -> Published:
@@ -74,23 +85,28 @@ def load(folder: str | Path, like: tuple[Params, Stats] | None = None) -> Publis
       like: parameters and statistics, or their shapes, of the network that they are for.
 
     Raises:
-      ValueError: where it is no such folder, is damaged or newer than this version; where names or shapes are not those
-        of ``like``, with all of them.
+      ValueError: where it is no such folder, is damaged or newer than this version; where names, shapes or dtypes are
+        not those of ``like``, with all of them.
     """
     folder = Path(folder)
     if not (folder / _CONFIG).is_file() or not (folder / _ARRAYS).is_file():
         raise ValueError(
             f"{folder} holds no model: it lacks {_CONFIG} or {_ARRAYS}. A model from the Hugging Face hub is "
-            'fetched first: load(fetch("user/repo"))'
+            'fetched first, load(fetch("user/repo")); a run of the command line is exported, jaxnets export RUN FOLDER'
         )
     config = _read_config(folder / _CONFIG)
     arrays = read_safetensors(folder / _ARRAYS)
+    foreign = [name for name in arrays if not name.startswith(("params/", "stats/"))]
+    if foreign:
+        raise ValueError(
+            f"{folder / _ARRAYS} is not of jaxnets: it holds {', '.join(foreign)}, not params and stats, whose names "
+            "begin with params/ or stats/. Weights of PyTorch are read by from_torch"
+        )
     if like is not None:
         wanted = _names({"params": like[0], "stats": like[1]})
         check_fit(_shapes(wanted), _shapes(arrays), str(folder))
-    tree = _nested(arrays)
-    if not tree.keys() <= {"params", "stats"}:
-        raise ValueError(f"{folder / _ARRAYS} is not of jaxnets: it holds {', '.join(tree)}, not params and stats")
+        _check_dtypes(wanted, arrays, folder)
+    tree = _nested(arrays, str(folder / _ARRAYS))
     return Published(tree.get("params", {}), tree.get("stats", {}), config)
 
 
@@ -120,14 +136,24 @@ def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in arrays.items()}
 
 
+def _check_dtypes(wanted: Mapping[str, Any], there: Mapping[str, np.ndarray], folder: Path) -> None:
+    differ = [name for name in wanted if wanted[name].dtype != there[name].dtype]
+    if differ:
+        said = ", ".join(f"{name} is {there[name].dtype}, the network takes {wanted[name].dtype}" for name in differ)
+        raise ValueError(
+            f"{folder} holds other dtypes: {said}. Load it without like, which gives them as they are, and convert them"
+        )
+
+
 def _flat(tree: Any) -> dict[str, np.ndarray]:
     # In C order, as safetensors writes the memory of an array without regard for its strides.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _names(tree).items()}
     other = sorted({str(array.dtype) for array in arrays.values()} - _KEPT)
     if other:
         raise ValueError(f"arrays of these dtypes cannot be saved: {', '.join(other)}; take one of {sorted(_KEPT)}")
-    again = {"params": {}, "stats": {}} | _nested(arrays)
-    if jax.tree.structure(again) != jax.tree.structure(tree):
+    again = {"params": {}, "stats": {}} | _nested(arrays, "the tree")
+    dicts = all(isinstance(part, dict) for part in tree.values())
+    if not dicts or jax.tree.structure(again) != jax.tree.structure(tree):
         raise ValueError(
             "only nested dicts of arrays can be saved, none of them empty, with names that have no '/': got "
             f"{jax.tree.structure(tree)}"
@@ -135,14 +161,22 @@ def _flat(tree: Any) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _nested(arrays: Mapping[str, np.ndarray], where: str) -> dict[str, Any]:
+    """Dicts in dicts, by the slashes in names."""
+    paths = {name: name.split("/") for name in arrays}
+    inner = {"/".join(path[:depth]) for path in paths.values() for depth in range(1, len(path))}
+    both = sorted(inner & arrays.keys())
+    if both:
+        raise ValueError(
+            f"{where} has arrays by the names {', '.join(both)}, and arrays whose names go on from there after a '/': "
+            "save nested dicts, with names that have no '/'"
+        )
     tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *folders, leaf = name.split("/")
+    for name, (*folders, leaf) in paths.items():
         place = tree
         for folder in folders:
             place = place.setdefault(folder, {})
-        place[leaf] = array
+        place[leaf] = arrays[name]
     return tree
 
 
@@ -161,10 +195,12 @@ def _config_text(config: Mapping[str, Any]) -> str:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        about = json.loads(file.read_text())
+        about = json.loads(file.read_text(encoding="utf-8"))
         number, config = about["format"], about["config"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged or not of jaxnets ({error!r}): get it again") from error
     if number != FORMAT:
-        raise ValueError(f"{file} is of format {number}, this version reads {FORMAT}: take another jaxnets")
+        raise ValueError(f"{file} is of format {number!r}, this version reads {FORMAT}: take another jaxnets")
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is damaged or not of jaxnets: its config should be an object, got {config!r}")
     return config

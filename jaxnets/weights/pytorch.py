@@ -7,6 +7,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.models import MLP, VGG, AlexNet, LeNet5, MadryCNN, Perceptron, SmallCNN, ZFNet
@@ -63,8 +64,8 @@ def from_torch(
 
     Raises:
       TypeError: where ``module`` is none, a `Classifier` for example.
-      ValueError: where names or shapes differ, with all of them; for a file of another kind; for a safetensors file,
-        which keeps no order, whose names do not tell it to `by_order`.
+      ValueError: where names or shapes differ, with all of them, or floats are wanted and others are there; for a file
+        of another kind; for a safetensors file, which keeps no order, whose names do not tell it to `by_order`.
       ImportError: where the file needs PyTorch, which is not installed.
 
     >>> from jaxnets.models import MLP
@@ -86,6 +87,7 @@ def from_torch(
     names = {path: _name(homes.get(path[:-1]), path) for path in leaves}
     wanted = {names[path]: _shape_in_torch(path, leaf.shape) for path, leaf in leaves.items()}
     check_fit(wanted, {name: value.shape for name, value in state.items()}, where)
+    _check_kinds({names[path]: leaf.dtype for path, leaf in leaves.items()}, state, where)
 
     def convert(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         place = _path(path)
@@ -170,6 +172,18 @@ def _modules(state: Mapping[str, np.ndarray]) -> dict[str, int]:
         module = name.rpartition(".")[0]
         axes[module] = max(value.ndim, axes.get(module, 0))
     return axes
+
+
+def _check_kinds(wanted: Mapping[str, Any], state: Mapping[str, np.ndarray], where: str) -> None:
+    """Floats for floats: integers are codes of quantized weights, complex numbers would lose a half."""
+
+    def is_float(dtype: Any) -> bool:
+        return jnp.issubdtype(dtype, jnp.floating)
+
+    differ = [name for name, dtype in wanted.items() if is_float(dtype) != is_float(state[name].dtype)]
+    if differ:
+        said = ", ".join(f"{name} is {state[name].dtype}, the network takes {wanted[name]}" for name in differ)
+        raise ValueError(f"{where} holds other dtypes: {said}. Convert them to floats; dequantize quantized ones")
 
 
 def _name(home: str | None, path: Path) -> str:

@@ -24,34 +24,28 @@ def read_state(source: str | Path | Mapping[str, Any]) -> dict[str, np.ndarray]:
     A ``state_dict`` that is the only one in a checkpoint is found there.
 
     Raises:
-      ValueError: for a file of another kind, a damaged one, or one with no ``state_dict`` or several.
+      ValueError: for a file of another kind, a damaged one, one with no ``state_dict`` or several, or tensors that are
+        no dense arrays.
       ImportError: where the file needs PyTorch, which is not installed.
     """
     content = source if isinstance(source, Mapping) else _READERS[_suffix(Path(source))](Path(source))
     where = "this mapping" if isinstance(source, Mapping) else str(source)
     state = {name: value for name, value in _find_state(content, where).items() if not _UNUSED.search(name)}
-    return {name: to_numpy(value) for name, value in _unwrap(state).items()}
-
-
-def to_numpy(tensor: Any) -> np.ndarray:
-    """A tensor of PyTorch or an array as NumPy's; half precision of PyTorch becomes single."""
-    if not hasattr(tensor, "detach"):
-        return np.asarray(tensor)
-    tensor = tensor.detach().cpu()
-    # Exact, and NumPy knows no bfloat16 of PyTorch.
-    return (tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor).numpy()
+    return {name: _to_numpy(name, value) for name, value in _unwrap(state).items()}
 
 
 def read_safetensors(file: Path) -> dict[str, np.ndarray]:
     """All arrays of a file.
 
     Raises:
-      ValueError: for a damaged one.
+      ValueError: for a damaged one, or one with a dtype that NumPy lacks.
     """
     try:
         return safetensors.numpy.load_file(file)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}): get it again") from error
+    except AttributeError as error:  # how safetensors says that it found no such dtype
+        raise ValueError(f"{file} holds arrays that NumPy cannot ({error}): save them anew in float32") from error
 
 
 def import_extra(package: str, purpose: str, install: str) -> ModuleType:
@@ -73,11 +67,14 @@ def _read_pytorch(file: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # of many kinds, by how a file is damaged
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{file} cannot be read as tensors alone, and nothing else is unpickled ({reason}): "
+            f"{file} cannot be read as tensors alone, and nothing else is unpickled ({_first_line(error)}): "
             "get it again, or save it anew by torch.save(model.state_dict(), file)"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 _READERS = {".pth": _read_pytorch, ".pt": _read_pytorch, ".safetensors": read_safetensors}
@@ -98,6 +95,21 @@ def _find_state(content: Any, where: str) -> Mapping[str, Any]:
         found = f"several ({', '.join(map(str, states))}): pass one of them" if states else "none"
         raise ValueError(f"{where} should hold one state_dict, names and tensors; found {found}")
     return entries[states[0]]
+
+
+def _to_numpy(name: str, tensor: Any) -> np.ndarray:
+    """A tensor of PyTorch or an array as NumPy's; half precision of PyTorch becomes single."""
+    if not hasattr(tensor, "detach"):
+        return np.asarray(tensor)
+    try:
+        tensor = tensor.detach().cpu()
+        # Exact, and NumPy knows no bfloat16 of PyTorch.
+        return (tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor).numpy()
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name} is no dense tensor with data ({_first_line(error)}): dequantize it, make it dense, or load its "
+            "data first"
+        ) from error
 
 
 def _is_state(content: Any) -> bool:
