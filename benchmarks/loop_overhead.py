@@ -1,24 +1,31 @@
-"""What a compiled attack costs beyond its gradients: the time of PGD-K over K times that of one jitted input gradient.
+"""What compiled attacks and adversarial steps cost beyond their gradients.
 
-Command: ``python -m benchmarks.loop_overhead``. Two CPU cores, jax 0.10.2, two runs:
+The time of PGD-K over that of K jitted input gradients; that of a step of adversarial training against PGD-K over that
+of K input gradients and one parameter gradient.
 
-| network                            | one gradient | PGD-10 over 10 gradients |
-|------------------------------------|--------------|--------------------------|
-| MadryCNN, 28x28x1, batch 128       | 49, 54 ms    | 0.99, 0.95               |
-| residual stack, 32x32x16, batch 64 | 30, 30 ms    | 0.97, 1.00               |
+Command: ``python -m benchmarks.loop_overhead``. Two CPU cores, jax 0.10.2, two runs; other work shared the cores in
+those of the step, not in those of PGD alone:
+
+| network                            | one input gradient | PGD-10     | one parameter gradient | step with PGD-10 |
+|------------------------------------|--------------------|------------|------------------------|------------------|
+| MadryCNN, 28x28x1, batch 128       | 49, 54 ms          | 0.99, 0.95 | 210, 282 ms (shared)   | 1.12, 0.98       |
+| residual stack, 32x32x16, batch 64 | 30, 30 ms          | 0.97, 1.00 | 280, 287 ms (shared)   | 1.10, 1.05       |
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 import jaxnets as jn
 from jaxnets.models.layers import Conv
+from jaxnets.types import Batch
 
 STEPS = 10
 ROUNDS = 15
@@ -40,39 +47,60 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 }
 
 
-def ratio(
-    module: nn.Module, shape: tuple[int, ...], *, steps: int = STEPS, rounds: int = ROUNDS
-) -> tuple[float, float]:
-    """Medians over interleaved rounds: milliseconds of one gradient, and the ratio of PGD to ``steps`` of them."""
+class Overhead(NamedTuple):
+    """Medians over interleaved rounds.
+
+    Attributes:
+      by_input, by_params: milliseconds of one gradient.
+      attack: of PGD, over ``steps`` input gradients.
+      step: of adversarial training, over ``steps`` input gradients and one parameter gradient.
+    """
+
+    by_input: float
+    by_params: float
+    attack: float
+    step: float
+
+
+def overhead(module: nn.Module, shape: tuple[int, ...], *, steps: int = STEPS, rounds: int = ROUNDS) -> Overhead:
+    """Times the gradients, the attack and the step in turns."""
     net = jn.from_linen(module)
     data_key, init_key, attack_key = jax.random.split(jax.random.key(0), 3)
-    x, y = jax.random.uniform(data_key, shape), jnp.arange(shape[0]) % 10
-    model = net.logits_fn(*net.init(init_key, x))
-
-    @jax.jit
-    def gradient(x):
-        return jax.grad(lambda z: jnp.sum(jn.losses.cross_entropy(model(z), y)))(x)
-
+    batch = Batch(jax.random.uniform(data_key, shape), jnp.arange(shape[0]) % 10)
+    params, stats = net.init(init_key, batch.x)
+    model, optimizer = net.logits_fn(params, stats), optax.sgd(0.1)
+    state = jn.training.init_state(attack_key, params, stats, optimizer)
     attack = partial(jn.attacks.pgd, threat=jn.Linf(0.1), steps=steps)
-    calls: list[Callable[[], jax.Array]] = [lambda: gradient(x), lambda: attack(attack_key, model, x, y)]
+    by_input = jax.jit(jax.grad(lambda x: jnp.sum(jn.losses.cross_entropy(model(x), batch.y))))
+    by_params = jax.jit(jax.value_and_grad(jn.objectives.standard(net), has_aux=True))
+    step = jax.jit(jn.training.make_step(jn.objectives.adversarial(net, attack), optimizer))
+    calls: list[Callable[[], Any]] = [
+        lambda: by_input(batch.x),
+        lambda: by_params(params, stats, batch, attack_key),
+        lambda: attack(attack_key, model, *batch),
+        lambda: step(state, batch),
+    ]
     for call in calls:
-        call().block_until_ready()
-    one, many = zip(*[(_seconds(calls[0]), _seconds(calls[1])) for _ in range(rounds)], strict=True)
-    single = statistics.median(one)
-    return 1000 * single, statistics.median(many) / (steps * single)
+        jax.block_until_ready(call())
+    times = [[_seconds(call) for call in calls] for _ in range(rounds)]
+    one, other, attacked, stepped = map(statistics.median, zip(*times, strict=True))
+    return Overhead(1000 * one, 1000 * other, attacked / (steps * one), stepped / (steps * one + other))
 
 
-def _seconds(call: Callable[[], jax.Array]) -> float:
+def _seconds(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
-    call().block_until_ready()
+    jax.block_until_ready(call())
     return time.perf_counter() - began
 
 
 def main() -> None:
-    print(f"{'network':36} {'gradient':>12} {f'PGD-{STEPS} / {STEPS} gradients':>24}")
+    print(f"{'network':36} {'by input':>10} {'by params':>10} {f'PGD-{STEPS}':>8} {'step':>8}")
     for name, (module, shape) in CASES.items():
-        milliseconds, relative = ratio(module, shape)
-        print(f"{name:36} {milliseconds:9.1f} ms {relative:24.2f}")
+        found = overhead(module, shape)
+        print(
+            f"{name:36} {found.by_input:7.1f} ms {found.by_params:7.1f} ms {found.attack:8.2f} {found.step:8.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxnets import (
         attacks,
+        averaging,
+        certificates,
         checkpoint,
         data,
         diagnostics,
@@ -34,9 +36,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "L0", "L1", "L2", "Classifier", "Linf", "Masked", "attacks", "checkpoint", "data", "diagnostics", "evaluation",
-    "fit", "from_linen", "losses", "models", "normalized", "objectives", "optimizers", "parallel", "plots",
-    "substitute", "threats", "training", "transferability", "types", "verification", "weights",
+    "L0", "L1", "L2", "Classifier", "Linf", "Masked", "attacks", "averaging", "certificates", "checkpoint", "data",
+    "diagnostics", "evaluation", "fit", "from_linen", "losses", "models", "normalized", "objectives", "optimizers",
+    "parallel", "plots", "substitute", "threats", "training", "transferability", "types", "verification", "weights",
 ]  # fmt: skip
 
 _HOMES = {

@@ -1,6 +1,9 @@
-"""Signs of masked gradients, which make a model look more robust than it is, and of gradients that fade with depth."""
+"""Signs of masked gradients and of overfitting to one attack, by which a model looks more robust than it is.
 
-from collections.abc import Mapping
+And of gradients that fade with depth.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -20,6 +23,7 @@ from jaxnets.classifier import Classifier
 from jaxnets.evaluation import evaluate
 from jaxnets.losses import cross_entropy, margin
 from jaxnets.threats import Threat
+from jaxnets.training import TrainState
 from jaxnets.types import Array, Attack, Batch, LogitsFn, Objective, Params, Stats
 from jaxnets.verification import verify
 
@@ -147,13 +151,78 @@ def _whole_box(threat: Threat, x: np.ndarray) -> Threat:
     return replace(threat, epsilon=float(threat.size(unbounded.project(opposite, corner) - corner)))  # pyright: ignore
 
 
+class CatastrophicOverfittingError(RuntimeError):
+    """A network has learned to survive the attack that it is trained against, and no other."""
+
+
+def overfitting_guard(
+    key: Array,
+    net: Classifier,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    attack: Attack,
+    threat: Threat,
+    steps: int = 10,
+    gap: float = 0.3,
+) -> Callable[[TrainState], dict[str, float]]:
+    """For ``fit(evaluate=...)``: ends one-step training where rows survive its own attack and not PGD.
+
+    It hangs on the state alone, not on states before, so that a run that was stopped and goes on is judged as one never
+    stopped. It is asked before the state is saved: after the exception the newest checkpoint is that of the last epoch
+    that passed. Go on from there with a smaller step, or with `objectives.n_fgsm` or `objectives.grad_align`.
+
+    Args:
+      key: of both attacks.
+      net: the network.
+      x, y: some hundred rows of training, ``[N, ...]`` and classes ``[N]``.
+      attack: what the network is trained against.
+      threat: what PGD is allowed.
+      steps: of PGD.
+      gap: of the two accuracies, above which it is catastrophic: sound networks stay below 0.2, broken ones lose all.
+
+    Returns:
+      ``state -> {"one step": accuracy, "pgd": accuracy}``.
+
+    Raises:
+      CatastrophicOverfittingError: when called, beyond the gap.
+
+    Wong et al. 2020, https://arxiv.org/abs/2001.03994, section 5.4, who watch PGD on a batch of training rows and stop
+    where it falls from one epoch to the next.
+
+    >>> from jaxnets import Linf, from_linen, models
+    >>> net, threat, x, y = from_linen(models.MLP(())), Linf(0.1), np.full((4, 3), 0.5, np.float32), np.arange(4)
+    >>> attack = partial(fgsm, threat=threat, step_size=0.125)
+    >>> guard = overfitting_guard(jax.random.key(0), net, x, y, attack=attack, threat=threat)  # fit(evaluate=guard)
+    """
+    suite = {"one step": attack, "pgd": partial(pgd, threat=threat, steps=steps)}
+    keys, mesh = host_keys(key, len(x)), parallel.data_mesh()
+
+    def watch(state: TrainState) -> dict[str, float]:
+        model = net.logits_fn(state.params, state.stats)
+        survived = {
+            name: float(attack_rows(one, keys, model, x, y, batch_size=None, mesh=mesh).correct.mean())
+            for name, one in suite.items()
+        }
+        if survived["one step"] - survived["pgd"] > gap:
+            raise CatastrophicOverfittingError(
+                f"step {int(state.step)}: {survived['one step']:.1%} of {len(x)} training rows survive the attack of "
+                f"training, {survived['pgd']:.1%} PGD-{steps}. The newest checkpoint is the last that passed: go on "
+                "from it with a smaller step, n_fgsm or grad_align"
+            )
+        return survived
+
+    return watch
+
+
 def gradient_norms(
     net: Classifier, objective: Objective, params: Params, stats: Stats, batch: Batch, key: Array
 ) -> dict[str, float]:
-    """The Euclidean norm of the objective's gradient with respect to the kernel of each layer, in the layers' order.
+    """The Euclidean norm of the objective's gradient with respect to the weights of each layer, in the layers' order.
 
-    Where those of the first layers are many times smaller or larger than that of the last, training does not reach them
-    or breaks there.
+    A layer's weights are its arrays of two and more dimensions, together: kernels, or the centres of `RadialBasis`, but
+    no biases, and no scales of a normalisation. Where the norms of the first layers are many times smaller or larger
+    than that of the last, training does not reach them or breaks there.
 
     Args:
       net: what names the layers.
@@ -161,7 +230,7 @@ def gradient_norms(
       params, stats, batch, key: what the gradient is taken at, as a training step does.
 
     Returns:
-      ``{path of a layer: norm}``; layers without a kernel have none.
+      ``{path of a layer: norm}``; layers without weights have none.
 
     >>> from jaxnets import from_linen, models, objectives
     >>> net, x = from_linen(models.MLP((3,))), jnp.ones((2, 4))
@@ -179,9 +248,17 @@ def gradient_norms(
 
     jax.eval_shape(run, batch.x)
     gradient = jax.jit(jax.grad(objective, has_aux=True))(params, stats, batch, key)[0]
-    norms = {
-        "/".join(step.key for step in path[:-1]): float(jnp.linalg.norm(leaf))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
-        if path[-1].key == "kernel"
-    }
+    norms = _norms_of_weights(gradient)
     return {name: norms[name] for name in order if name in norms}
+
+
+def _norms_of_weights(tree: Params) -> dict[str, float]:
+    """By the path of what they are the weights of."""
+    norms: dict[str, float] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        *layer, array = (step.key for step in path)
+        # The biases of attention have two dimensions.
+        if leaf.ndim > 1 and array != "bias":
+            name = "/".join(layer)
+            norms[name] = float(np.hypot(norms.get(name, 0), np.linalg.norm(np.asarray(leaf, float))))
+    return norms

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -16,9 +17,15 @@ from jaxnets import parallel
 from jaxnets.attacks.cascade import Cascade, Cascaded
 from jaxnets.attacks.parts.calling import as_pytree
 from jaxnets.attacks.parts.on_host import Attacked, attack_rows, host_keys
+from jaxnets.certificates.on_host import certify_rows
+from jaxnets.certificates.rows import Certificate
 from jaxnets.threats import Threat
 from jaxnets.types import Array, Attack, LogitsFn
 from jaxnets.verification import accuracy_interval, norms, verify
+
+
+class CrossedBounds(ValueError):  # noqa: N818 - it is the bounds that cross
+    """A row is certified, and an attack in the same threat has broken it."""
 
 
 class Report(NamedTuple):
@@ -32,6 +39,7 @@ class Report(NamedTuple):
         wrong without one, infinite where it survives.
       queries: by attack that counts them, how many each row has cost, ``[N]``; 0 for rows that were not attacked.
       seconds: by attack, wall time a row attacked, compilation included.
+      certified: by certificate, whether each row is right under every attack that there can be: bool ``[N]``.
     """
 
     survived: dict[str, np.ndarray]
@@ -39,6 +47,7 @@ class Report(NamedTuple):
     norms: dict[str, np.ndarray]
     queries: dict[str, np.ndarray]
     seconds: dict[str, float]
+    certified: dict[str, np.ndarray]
 
     def accuracies(self) -> dict[str, float]:
         """By name, with ``worst case`` last: the fraction of rows that survive everything."""
@@ -47,6 +56,11 @@ class Report(NamedTuple):
     def with_worst_case(self) -> dict[str, np.ndarray]:
         """The survivors by name, and row by row those of all together."""
         return {**self.survived, "worst case": np.logical_and.reduce(list(self.survived.values()))}
+
+    def bounds(self) -> tuple[float, float]:
+        """Between which robust accuracy on these rows lies: those that a certificate holds, the worst case."""
+        held = np.logical_or.reduce([np.zeros_like(self.survived["clean"]), *self.certified.values()])
+        return float(held.mean()), self.accuracies()["worst case"]
 
     def accuracy_at(self, name: str, epsilons: np.ndarray) -> np.ndarray:
         """Accuracy at each of ``epsilons[E]`` by the smallest perturbations that the attack ``name`` has found."""
@@ -72,7 +86,9 @@ class Report(NamedTuple):
         return f"{mean:11.4g}{median:9.4g}{counts}{1000 * self.seconds[name]:10.2f}"
 
     def __str__(self) -> str:
-        return table({name: [(int(rows.sum()), len(rows))] for name, rows in self.with_worst_case().items()})
+        certified = {f"certified: {name}": rows for name, rows in self.certified.items()}
+        lines = {**self.with_worst_case(), **certified}
+        return table({name: [(int(rows.sum()), len(rows))] for name, rows in lines.items()})
 
 
 def evaluate(
@@ -83,6 +99,7 @@ def evaluate(
     attacks: Mapping[str, Attack],
     *,
     threat: Threat,
+    certificates: Mapping[str, Certificate] = MappingProxyType({}),
     batch_size: int | None = None,
     mesh: Mesh | None = None,
     on_batch: Callable[[str, int], None] = lambda name, rows: None,
@@ -100,12 +117,15 @@ def evaluate(
       y: classes ``[N]``.
       attacks: by name, untargeted.
       threat: what the attacks were allowed: their results are checked against it.
+      certificates: by name, of the same threat, such as ``partial(certificates.certified, threat=threat)``: below the
+        worst case, an upper bound of robust accuracy, stands what they certify, a lower one.
       batch_size: rows attacked at once, rounded up to a multiple of the devices; `parallel.rows_at_once` unless given.
       mesh: devices; all of them unless given.
       on_batch: told the attack's name and how many rows were done, after each batch.
 
     Raises:
       InvalidExample: where a result is not finite, or outside the box or the ball.
+      CrossedBounds: where a row that is certified has fallen.
       ValueError: without rows, where ``x`` and ``y`` do not fit, or ``x`` is not finite and inside the box.
     """
     if len(x) != len(y) or not len(x):
@@ -121,7 +141,7 @@ def evaluate(
     keys = host_keys(key, len(x))
     on_rows = partial(attack_rows, logits_fn=as_pytree(logits_fn), batch_size=batch_size, mesh=mesh)
     clean = on_rows(None, keys, x=x, target=y, on_rows=partial(on_batch, "clean")).correct
-    report = Report({"clean": clean}, {}, {}, {}, {})
+    report = Report({"clean": clean}, {}, {}, {}, {}, {})
     right = np.flatnonzero(clean)
     for name, attack in attacks.items():
         began = time.monotonic()
@@ -135,7 +155,23 @@ def evaluate(
         verify(name, done.x, x[right], threat)
         _add(report, name, done, right, x, threat, (time.monotonic() - began) / max(1, len(right)))
         on_batch(name, len(x) - len(right))
+    for name, certificate in certificates.items():
+        told = partial(on_batch, f"certified: {name}")
+        held = certify_rows(certificate, logits_fn, x, y, batch_size=batch_size, mesh=mesh, on_rows=told)
+        report.certified[name] = held
+        _check_crossing(name, held, report.survived, threat)
     return report
+
+
+def _check_crossing(certificate: str, held: np.ndarray, survived: Mapping[str, np.ndarray], threat: Threat) -> None:
+    for name, rows in survived.items():
+        fallen = np.flatnonzero(held & ~rows)
+        if len(fallen):
+            raise CrossedBounds(
+                f"row {fallen[0]} ({len(fallen)} of {len(rows)} rows) is certified by {certificate!r} and wrong under "
+                f"{name!r} in {threat}: one of the two is mistaken. Nothing is reported; see whether the certificate "
+                "is of this threat and this network, in inference mode, and leaves enough slack for rounding"
+            )
 
 
 def _add(

@@ -143,6 +143,53 @@ def targeted(loss: Loss) -> Loss:
     return Targeted(loss)
 
 
+def boosted_cross_entropy(logits: Array, target: Array) -> Array:
+    """Cross-entropy with a margin: ``-log p_y - log(1.0001 - max_{k != y} p_k + 1e-12)`` for ``p = softmax(z)``.
+
+    The BCE of MART; the constants, which keep the second logarithm finite, are those of its authors' code.
+
+    Args:
+      logits: ``[..., K]``, ``K >= 2``.
+      target: integer classes ``[...]``.
+
+    Raises:
+      ValueError: for fewer than 2 classes.
+
+    Wang et al. 2020, https://openreview.net/forum?id=rklOg6EFwS, equation 7.
+
+    >>> f"{boosted_cross_entropy(jnp.array([0.0, 0.0]), jnp.array(1)):.4f}"  # log 2 - log 0.5001
+    '1.3861'
+    """
+    _check_classes(logits, target, at_least=2, name="boosted_cross_entropy")
+    other = _best_other(jax.nn.softmax(logits), target)
+    return cross_entropy(logits, target) - jnp.log(1.0001 - other + 1e-12)
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """Cross-entropy against smoothed labels. Made by `smoothed`."""
+
+    amount: float
+
+    def __call__(self, logits: Array, target: Array) -> Array:
+        uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+        return (1 - self.amount) * cross_entropy(logits, target) + self.amount * uniform
+
+
+def smoothed(amount: float) -> Loss:
+    """`cross_entropy` against ``(1 - amount) p + amount / K``, ``p`` the label or a distribution: label smoothing.
+
+    Equal amounts give equal losses, so a jitted attack is not traced again.
+
+    Szegedy et al. 2016, https://arxiv.org/abs/1512.00567.
+
+    >>> z, y = jnp.array([0.0, 2.0]), jnp.array(1)
+    >>> f"{cross_entropy(z, y):.3f}, smoothed {smoothed(0.1)(z, y):.3f}"
+    '0.127, smoothed 0.227'
+    """
+    return Smoothed(amount)
+
+
 def succeeded(loss: Loss, logits: Array, target: Array) -> Array:
     """Whether an attack on ``loss`` has reached its goal: bool ``[...]``.
 

@@ -9,7 +9,7 @@ import pytest
 from test_autoattack import CLASSES, images, linear
 
 import jaxnets as jn
-from jaxnets.diagnostics import MaskedGradients, _whole_box, masked_gradients
+from jaxnets.diagnostics import MaskedGradients, _norms_of_weights, _whole_box, masked_gradients
 from jaxnets.threats import L0, Masked
 
 KEY = jax.random.key(0)
@@ -94,31 +94,59 @@ def test_the_whole_box_of_a_threat():
         assert replace(whole, epsilon=threat.epsilon) == threat
 
 
+RESNET14 = [f"layer{stage}_{number}/conv{place}" for stage in (1, 2, 3) for number in (0, 1) for place in (1, 2)]
+VIT_BLOCK = [*(f"attention/{part}" for part in ("query", "key", "value", "out")), "fc1", "fc2"]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def gradient_norms(module, *image):
+    """Of a network with random weights."""
+    net, random = jn.from_linen(module), np.random.default_rng(0)
+    batch = jn.types.Batch(random.uniform(size=(6, *image)).astype(np.float32), np.arange(6))
+    variables = jax.eval_shape(net.init, KEY, batch.x)
+    variables = jax.tree.map(lambda leaf: np.float32(random.uniform(0.1, 0.3, size=leaf.shape)), variables)
+    return jn.diagnostics.gradient_norms(net, jn.objectives.standard(net), *variables, batch, KEY)
+
+
 def test_gradient_norms_are_those_of_the_kernels():
     net = jn.from_linen(jn.models.MLP((5, 4)))
     x, y = jax.random.uniform(jax.random.key(0), (6, 3)), jnp.arange(6) % 10
-    params, stats = net.init(jax.random.key(1), x)
+    params, stats = jax.jit(net.init)(jax.random.key(1), x)
     batch, key = jn.types.Batch(x, y), jax.random.key(2)
-    norms = jn.diagnostics.gradient_norms(net, jn.objectives.standard(net), params, stats, batch, key)
+    objective = jn.objectives.standard(net)
+    norms = jn.diagnostics.gradient_norms(net, objective, params, stats, batch, key)
     assert list(norms) == ["Dense_0", "Dense_1", "Dense_2"]
-    step = 1e-3
+    value_and_grad = jax.jit(jax.value_and_grad(lambda params: objective(params, stats, batch, key)[0]))
+    step, gradient = 1e-3, value_and_grad(params)[1]
     for name, norm in norms.items():
-        kernel = params[name]["kernel"]
-        direction = jax.grad(lambda p: jn.objectives.standard(net)(p, stats, batch, key)[0])(params)[name]["kernel"]
-        direction = direction / jnp.linalg.norm(direction)
-        ends = [
-            jn.objectives.standard(net)(
-                {**params, name: params[name] | {"kernel": kernel + s * direction}}, stats, batch, key
-            )[0]
+        kernel = np.asarray(params[name]["kernel"])
+        direction = np.asarray(gradient[name]["kernel"] / np.linalg.norm(gradient[name]["kernel"]))
+        ahead, behind = (
+            value_and_grad({**params, name: params[name] | {"kernel": kernel + s * direction}})[0]
             for s in (step, -step)
-        ]
-        np.testing.assert_allclose(norm, (ends[0] - ends[1]) / (2 * step), rtol=0.02)
+        )
+        np.testing.assert_allclose(norm, (ahead - behind) / (2 * step), rtol=0.02)
 
 
-def test_gradient_norms_are_in_the_order_of_the_layers():
-    net = jn.from_linen(jn.models.cifar_resnet(14, width=4))
-    x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3))
-    arguments = *net.init(jax.random.key(1), x), jn.types.Batch(x, jnp.array([0, 1])), jax.random.key(2)
-    norms = list(jn.diagnostics.gradient_norms(net, jn.objectives.standard(net), *arguments))
-    blocks = [f"layer{stage}_{number}/conv{place}" for stage in (1, 2, 3) for number in (0, 1) for place in (1, 2)]
-    assert norms == ["conv1", *blocks, "fc"]
+def test_gradient_norms_are_of_all_weights_of_a_layer():
+    """By whatever name; not of biases, of which those of attention have two dimensions."""
+    arrays = {name: normal(2, 3, seed=seed) for seed, name in enumerate(("kernel_0", "kernel_1", "centers", "bias"))}
+    norms = _norms_of_weights(
+        {"a": {"b": arrays, "c": {"scale": normal(5), "bias": normal(5)}}, "positions": normal(2, 2)}
+    )
+    weights = np.concatenate([arrays[name].ravel() for name in ("kernel_0", "kernel_1", "centers")])
+    assert list(norms) == ["a/b", ""]
+    np.testing.assert_allclose(norms["a/b"], np.sqrt((weights**2).sum()), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("module", "image", "layers"), [
+    (jn.models.RBFNetwork(4), (3,), ["RadialBasis_0", "Dense_0"]),
+    (jn.models.LeNet5(), (28, 28, 1), ["Conv_0", "SparseC3_0", "Dense_0", "Dense_1"]),
+    (jn.models.ViT(10, 4, 6, 1, 2), (8, 8, 3), ["patches", *(f"block0/{part}" for part in VIT_BLOCK), "head"]),
+    (jn.models.cifar_resnet(14, width=4), (8, 8, 3), ["conv1", *RESNET14, "fc"]),
+], ids=["rbf_network", "lenet5", "vit", "resnet"])  # fmt: skip
+def test_gradient_norms_are_in_the_order_of_the_layers(module, image, layers):
+    assert list(gradient_norms(module, *image)) == layers

@@ -4,7 +4,7 @@ Inside a ball, by gradients: `fgsm`, `pgd` and what is made of them (`bim`, `lea
 `di_fgsm`, `ti_fgsm`, `adam_pgd`), `apgd`, `apgd_targeted`. The smallest perturbation: `fab`, `fab_targeted`,
 `deepfool`, `carlini_wagner`, `ead`, `lbfgs`, `jsma`, `ddn`, `fmn`, `sigma_zero`. By scores alone: `square`, `nes`,
 `spsa`; by decisions alone: `boundary`, `hop_skip_jump`. One perturbation for all images: `universal`, `train_patch`.
-Made of attacks: `worst_of`, `restarts`, `escalate`, `eight_bit`, `cascade`, `autoattack`.
+Made of attacks: `worst_of`, `restarts`, `escalate`, `eight_bit`, `on_prediction`, `cascade`, `autoattack`.
 """
 
 from jaxnets.attacks.apgd import apgd, apgd_targeted
@@ -47,9 +47,10 @@ from jaxnets.attacks.parts.rules import (
     smoothed,
     steepest,
 )
-from jaxnets.attacks.parts.start import at_clean, uniform, uniform_unclipped
+from jaxnets.attacks.parts.start import at_clean, gaussian, random_signs, uniform, uniform_unclipped
 from jaxnets.attacks.parts.stochastic import Stochastic
 from jaxnets.attacks.patch import Placement, apply_patch, train_patch
+from jaxnets.attacks.prediction import on_prediction
 from jaxnets.attacks.sigma_zero import sigma_zero
 from jaxnets.attacks.square import square
 from jaxnets.attacks.transfer import ensemble
@@ -59,9 +60,9 @@ __all__ = [
     "ModelWarning", "Placement", "Queried", "Rule", "Stochastic", "adam_pgd", "apgd", "apgd_targeted",
     "apply_patch", "apply_universal", "at_clean", "autoattack", "bim", "black_box_wins", "boundary", "bpda", "by_optax",
     "carlini_wagner", "cascade", "check_model", "counts_queries", "ddn", "deepfool", "di_fgsm", "diversified",
-    "ead", "eight_bit", "ensemble", "escalate", "fab", "fab_targeted", "fgsm", "fmn", "gaussian_kernel", "halfway",
-    "hop_skip_jump", "iterated_least_likely_class", "jsma", "lbfgs", "least_likely_class", "mi_fgsm", "momentum",
-    "nes", "nesterov", "ni_fgsm", "normalized", "pgd", "plus", "rand", "restarts", "sigma_zero", "smoothed", "spsa",
-    "square", "standard", "steepest", "ti_fgsm", "train_patch", "uniform", "uniform_unclipped", "universal",
-    "with_queries", "worst_of",
+    "ead", "eight_bit", "ensemble", "escalate", "fab", "fab_targeted", "fgsm", "fmn", "gaussian", "gaussian_kernel",
+    "halfway", "hop_skip_jump", "iterated_least_likely_class", "jsma", "lbfgs", "least_likely_class", "mi_fgsm",
+    "momentum", "nes", "nesterov", "ni_fgsm", "normalized", "on_prediction", "pgd", "plus", "rand", "random_signs",
+    "restarts", "sigma_zero", "smoothed", "spsa", "square", "standard", "steepest", "ti_fgsm", "train_patch", "uniform",
+    "uniform_unclipped", "universal", "with_queries", "worst_of",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from jaxnets.classifier import Classifier
 from jaxnets.losses import cross_entropy
+from jaxnets.objectives.standard import metrics_of
 from jaxnets.types import Array, Batch, Loss, Metrics, Objective, Params, Stats
 
 
@@ -26,6 +27,15 @@ def auxiliary(
       ValueError: for a name that no activation has.
 
     Szegedy et al. 2015, https://arxiv.org/abs/1409.4842.
+
+    >>> import jax, jaxnets as jn
+    >>> net = jn.from_linen(jn.models.MLP((4,), classes=2))
+    >>> key, x, y = jax.random.key(0), jnp.ones((3, 5)), jnp.array([0, 1, 1])
+    >>> params, stats = net.init(key, x)
+    >>> with_head = auxiliary(net, heads=["Dense_1"], weight=1.0)  # the logits as a head: its loss counts twice
+    >>> once, twice = (f(params, stats, Batch(x, y), key)[0] for f in (jn.objectives.standard(net), with_head))
+    >>> bool(jnp.allclose(twice, 2 * once))
+    True
     """
 
     def objective(params: Params, stats: Stats, batch: Batch, key: Array) -> tuple[Array, tuple[Stats, Metrics]]:
@@ -35,6 +45,6 @@ def auxiliary(
             raise ValueError(f"the network has no activations {absent}; it has {', '.join(activations)}")
         of_heads = sum(jnp.mean(loss(activations[head], batch.y)) for head in heads)
         value = jnp.mean(loss(logits, batch.y)) + weight * of_heads
-        return value, (stats, {"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == batch.y)})
+        return value, (stats, metrics_of(value, logits, batch.y))
 
     return objective

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from jaxnets.attacks.parts.calling import checked_logits
 from jaxnets.classifier import Classifier
 from jaxnets.losses import cross_entropy
 from jaxnets.types import Array, Batch, Loss, Metrics, Objective, Params, Stats
@@ -12,7 +13,7 @@ def standard(net: Classifier, *, loss: Loss = cross_entropy) -> Objective:
 
     Args:
       net: batch statistics move with the batch, dropout is on.
-      loss: for smoothed labels, `cross_entropy` against `optax.smooth_labels` of one-hot classes.
+      loss: for smoothed labels `losses.smoothed`.
 
     >>> import jax, jaxnets as jn
     >>> net = jn.from_linen(jn.models.MLP(()))
@@ -23,8 +24,25 @@ def standard(net: Classifier, *, loss: Loss = cross_entropy) -> Objective:
     """
 
     def objective(params: Params, stats: Stats, batch: Batch, key: Array) -> tuple[Array, tuple[Stats, Metrics]]:
-        logits, stats = net.train(params, stats, batch.x, key)
+        logits, stats = passed(net, params, stats, batch.x, key)
         value = jnp.mean(loss(logits, batch.y))
-        return value, (stats, {"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == batch.y)})
+        return value, (stats, metrics_of(value, logits, batch.y))
 
     return objective
+
+
+def passed(net: Classifier, params: Params, stats: Stats, x: Array, key: Array) -> tuple[Array, Stats]:
+    """A batch through the network in training: its logits ``[B, K]``, in at least single precision as in attacks."""
+    logits, stats = net.train(params, stats, x, key)
+    return checked_logits(logits, x), stats
+
+
+def metrics_of(value: Array, logits: Array, y: Array) -> Metrics:
+    """What every objective reports: its value, and the share of right predictions among ``logits[B, K]``."""
+    return {"loss": value, "accuracy": accuracy(logits, y)}
+
+
+def accuracy(logits: Array, y: Array) -> Array:
+    """The share of rows whose largest logit is that of their class ``y[B]``, or of the likeliest of ``y[B, K]``."""
+    classes = y if y.ndim < logits.ndim else jnp.argmax(y, axis=-1)
+    return jnp.mean(jnp.argmax(logits, axis=-1) == classes)
