@@ -46,7 +46,8 @@ def load(name: str, data_dir: Path | None = None) -> tuple[LogitsFn, Any, np.nda
     def fit(attack, optimizer, params, stats, *, place, epochs):
         state = jn.training.init_state(train_key, params, stats, optimizer)
         settings = {"folder": FOLDER / place, "epochs": epochs, "batch_size": network.batch_size}
-        return jn.fit.fit(jn.objectives.adversarial(net, attack), optimizer, state, data.train, **settings)
+        step = jn.training.make_step(jn.objectives.adversarial(net, attack), optimizer)
+        return jn.fit.fit(step, state, data.train, **settings)
 
     for number, attack in enumerate(network.warm_up):
         state = fit(attack, optax.adam(1e-3), params, stats, place=f"{name}/warm-up-{number}", epochs=1)
@@ -82,36 +83,34 @@ def _resnet18_to_torch(params: Any, stats: Any) -> Any:
     from torch import nn
 
     class Block(nn.Module):
-        def __init__(self, params: Any, stats: Any, stride: int):
+        def __init__(self, params: Any, stats: Any):
             super().__init__()
-            convolutions, norms = _numbered(params, "Conv"), _numbered(params, "BatchNorm")
-            moments = _numbered(stats, "BatchNorm")
-            strides = (stride, 1, stride)
-            parts = [
-                nn.Sequential(_conv(kernel["kernel"], step), _norm(norm, moment))
-                for kernel, norm, moment, step in zip(convolutions, norms, moments, strides, strict=False)
-            ]
-            self.one, self.two = parts[:2]
-            self.shortcut = parts[2] if len(parts) == 3 else nn.Identity()
+            shortens = "downsample" in params
+            self.one = nn.Sequential(_conv(params["conv1"], 1 + shortens), _norm(params["bn1"], stats["bn1"]))
+            self.two = nn.Sequential(_conv(params["conv2"], 1), _norm(params["bn2"], stats["bn2"]))
+            self.shortcut = nn.Identity()
+            if shortens:
+                kernel, norm = params["downsample"]["0"], params["downsample"]["1"]
+                self.shortcut = nn.Sequential(_conv(kernel, 2), _norm(norm, stats["downsample"]["1"]))
 
         def forward(self, x):
             return nn.functional.relu(self.two(nn.functional.relu(self.one(x))) + self.shortcut(x))
 
     moments = stats["batch_stats"]
-    blocks = zip(_numbered(params, "BasicBlock"), _numbered(moments, "BasicBlock"), strict=True)
-    layers = [Block(block, moment, 2 if number in (2, 4, 6) else 1) for number, (block, moment) in enumerate(blocks)]
-    dense = nn.Linear(*params["Dense_0"]["kernel"].shape)
-    _fill(dense, params["Dense_0"]["kernel"].T, params["Dense_0"]["bias"])
-    stem = [_conv(params["Conv_0"]["kernel"], 1), _norm(params["BatchNorm_0"], moments["BatchNorm_0"]), nn.ReLU()]
-    return nn.Sequential(*stem, *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), dense).eval()
+    names = sorted(name for name in params if name.startswith("layer"))
+    dense = nn.Linear(*params["fc"]["kernel"].shape)
+    _fill(dense, params["fc"]["kernel"].T, params["fc"]["bias"])
+    stem = [_conv(params["conv1"], 1), _norm(params["bn1"], moments["bn1"]), nn.ReLU()]
+    blocks = [Block(params[name], moments[name]) for name in names]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), dense).eval()
 
 
-def _conv(kernel: np.ndarray, stride: int) -> Any:
+def _conv(params: Any, stride: int) -> Any:
     from torch import nn
 
-    height, _, inputs, outputs = kernel.shape
+    height, _, inputs, outputs = params["kernel"].shape
     conv = nn.Conv2d(inputs, outputs, height, stride, height // 2, bias=False)
-    _fill(conv, kernel.transpose(3, 2, 0, 1))
+    _fill(conv, params["kernel"].transpose(3, 2, 0, 1))
     return conv
 
 
@@ -135,11 +134,6 @@ def _tensor(array: np.ndarray) -> Any:
     import torch
 
     return torch.tensor(np.ascontiguousarray(array))
-
-
-def _numbered(tree: Any, kind: str) -> list[Any]:
-    names = [name for name in tree if name.startswith(kind + "_")]
-    return [tree[name] for name in sorted(names, key=lambda name: int(name.rsplit("_", 1)[1]))]
 
 
 def _pgd_7(epsilon: float) -> Any:

@@ -124,9 +124,8 @@ def run(settings: Settings, make: Callable, data: jn.data.Dataset, seed: int, fo
     )
     state = jn.training.init_state(train_key, params, stats, optimizer)
     began = time.monotonic()
-    state = jn.fit.fit(
-        objective, optimizer, state, train, folder=folder, epochs=settings.epochs, batch_size=settings.batch_size
-    )
+    step = jn.training.make_step(objective, optimizer)
+    state = jn.fit.fit(step, state, train, folder=folder, epochs=settings.epochs, batch_size=settings.batch_size)
     minutes = (time.monotonic() - began) / 60
     pgd = partial(attacks.pgd, threat=THREAT, steps=20, step_size=2 / 255)
     model = net.logits_fn(state.params, state.stats)

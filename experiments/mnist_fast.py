@@ -165,13 +165,13 @@ def run(settings: Settings, data: jn.data.Dataset, seed: int, folder: Path) -> d
     for epsilon in WARM_UP[settings.attack]:
         optimizer, place = optax.adam(1e-3), folder / f"epsilon-{epsilon}"
         state = jn.training.init_state(train_key, params, stats, optimizer)
-        state = jn.fit.fit(objective(epsilon), optimizer, state, data.train, folder=place, epochs=1, batch_size=100)
+        step = jn.training.make_step(objective(epsilon), optimizer)
+        state = jn.fit.fit(step, state, data.train, folder=place, epochs=1, batch_size=100)
         params, stats = state.params, state.stats
     optimizer = optax.adam(jn.optimizers.triangular(settings.peak, total))
     state = jn.training.init_state(train_key, params, stats, optimizer)
     state = jn.fit.fit(
-        objective(EPSILON),
-        optimizer,
+        jn.training.make_step(objective(EPSILON), optimizer),
         state,
         data.train,
         folder=folder,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         parallel,
         plots,
         substitute,
+        sweeps,
         threats,
         training,
         transferability,
@@ -38,7 +39,8 @@ __version__ = "0.1.0"
 __all__ = [
     "L0", "L1", "L2", "Classifier", "Linf", "Masked", "attacks", "averaging", "certificates", "checkpoint", "data",
     "diagnostics", "evaluation", "fit", "from_linen", "losses", "models", "normalized", "objectives", "optimizers",
-    "parallel", "plots", "substitute", "threats", "training", "transferability", "types", "verification", "weights",
+    "parallel", "plots", "substitute", "sweeps", "threats", "training", "transferability", "types",
+    "verification", "weights",
 ]  # fmt: skip
 
 _HOMES = {

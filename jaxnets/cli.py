@@ -15,25 +15,34 @@ import tyro
 
 DataName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped"]
 ModelName = Literal[
-    "perceptron", "mlp", "rbf_network", "lenet5", "lenet5_modern", "small_cnn", "madry_cnn", "alexnet", "zfnet",
-    "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn", "googlenet", "resnet18",
-    "resnet34", "resnet50", "resnet101", "resnet152", "preact_resnet18", "preact_resnet34", "preact_resnet50",
-    "wide_resnet28_10", "wide_resnet34_10", "wide_resnet70_16", "vit_small",
+    "perceptron", "mlp", "rbf_network", "lenet5", "lenet5_modern", "small_cnn", "madry_cnn", "alexnet",
+    "alexnet_one_column", "zfnet", "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
+    "googlenet", "googlenet_bn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "cifar_resnet20",
+    "cifar_resnet56", "cifar_resnet110", "preact_resnet18", "preact_resnet34", "preact_resnet50", "preact_resnet110",
+    "preact_resnet164", "preact_resnet1001", "preact_resnet200", "wide_resnet28_10", "wide_resnet34_10",
+    "wide_resnet70_16", "vit_small",
 ]  # fmt: skip
-ObjectiveName = Literal["adversarial", "standard"]
+ObjectiveName = Literal[
+    "adversarial", "standard", "fast", "n_fgsm", "grad_align", "free", "trades", "mart", "kurakin",
+    "virtual_adversarial", "ibp", "crown_ibp",
+]  # fmt: skip
 ThreatName = Literal["linf", "l2", "l1"]
 AttackName = Literal["pgd", "fgsm"]
 SuiteName = Literal["pgd", "autoattack", "autoattack_plus", "autoattack_rand"]
-StartName = Literal["uniform", "uniform_unclipped", "at_clean"]
+StartName = Literal["uniform", "uniform_unclipped", "gaussian", "at_clean"]
 OptimizerName = Literal["adamw", "sgd", "lion"]
 ScheduleName = Literal["triangular", "cosine", "constant"]
+AugmentName = Literal["crop", "flip", "cutout", "mixup", "cutmix"]
+SweepName = Literal["learning_rate", "epsilon", "beta"]
 
 
 @dataclass(frozen=True)
 class Train:
     """Train a classifier, attack it, and say how robust it is.
 
-    Started again, the same command continues a run that was stopped, from its last checkpoint.
+    Started again, the same command continues a run that was stopped, from its last checkpoint. Several networks
+    (--seeds, --sweep) are trained together, and each ends as a run: <out>/seed3 or <out>/beta6-seed3. In ibp and
+    crown_ibp epsilon rises over the first half of training.
     """
 
     data: DataName = "digits"
@@ -43,19 +52,25 @@ class Train:
     model: ModelName = "small_cnn"
     """The network."""
     objective: ObjectiveName = "adversarial"
-    """What training lowers: the loss on attacked rows, or on the rows as they are."""
+    """What training lowers: the loss on attacked rows, on the rows as they are, or that of a method by its name."""
     threat: ThreatName = "linf"
     """The norm that bounds a perturbation."""
     epsilon: float = 0.2
     """The bound, in units of the data: pixels are in [0, 1]."""
     attack: AttackName = "pgd"
-    """What training is against: many small steps, or one of 1.25 epsilon."""
-    steps: int = 10
-    """Steps of pgd in training."""
-    start: StartName = "uniform"
-    """Where the attack of training starts: in ball and box, in the ball, or at the clean point."""
+    """What adversarial, trades and mart train against: many small steps, or one of 1.25 epsilon."""
+    steps: int | None = None
+    """Steps of pgd in training, 10 unless given; in free replays of a batch, 8 unless given."""
+    start: StartName | None = None
+    """Where the attack of training starts; unless given near the clean point in trades and mart, else uniform."""
+    beta: float | None = None
+    """Weight of the second term of trades (6 unless given), mart (6), virtual_adversarial (1), grad_align (0.2)."""
+    awp: float | None = None
+    """Perturb the weights too, by this share of each layer's norm; 0.005 to 0.01 in the paper."""
+    augment: tuple[AugmentName, ...] = ()
+    """Changes to the training rows, in this order."""
     epochs: int | None = None
-    """Passes over the training rows; unless given 100 for digits, else 10."""
+    """Passes over the training rows; unless given 100 for digits, else 10, in free divided by its replays."""
     batch_size: int = 64
     """Rows a step, over all devices."""
     optimizer: OptimizerName = "adamw"
@@ -68,10 +83,22 @@ class Train:
     """Decoupled, times the learning rate."""
     label_smoothing: float = 0.0
     """Probability spread evenly over all classes."""
+    ema: float | None = None
+    """Average the weights with this decay, 0.999 for example; the average is what is attacked and reported."""
+    held_out: int = 0
+    """Training rows that are kept back; the network most robust on them is kept and reported beside the last."""
+    patience: int | None = None
+    """Looks at the held-out rows without a more robust network after which training ends; never unless given."""
     seed: int = 0
     """Of initial weights, order of rows and attacks."""
+    seeds: int = 1
+    """Networks, of this seed and those that follow, trained together; each ends as a run of its own."""
+    sweep: SweepName | None = None
+    """Train a network for each of --values, and each seed, together."""
+    values: tuple[float, ...] = ()
+    """Of what --sweep names."""
     evaluate_every: int = 10
-    """Epochs between looks at the test rows."""
+    """Epochs between looks at the held-out rows, where there are none at test rows."""
     examples: int = 1000
     """Test rows, from the first on, that the evaluation attacks."""
     out: Path | None = None
@@ -102,6 +129,8 @@ class Evaluate:
     """Of the attacks."""
     eight_bit: bool = False
     """Round adversarial examples to multiples of 1/255, as image files hold them."""
+    last: bool = False
+    """Attack the last weights of a run also where its best on held-out rows were kept."""
     save: bool = False
     """Write the adversarial examples of each run into its folder, for jaxnets verify."""
     out: Path | None = None
@@ -134,11 +163,27 @@ class Summary:
     """1 for blocks, 2 for their parts, and so on."""
 
 
+@dataclass(frozen=True)
+class Export:
+    """Write the trained network of a run as a folder that can be published: safetensors, and a config.
+
+    jaxnets.weights.load reads it.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    folder: Annotated[Path, tyro.conf.Positional]
+    """What is written: not there yet, or empty."""
+    data_dir: Path | None = None
+    """Where data is; unless given that of the run's training."""
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Summary, tyro.conf.subcommand("summary")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
 
@@ -160,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Verify | Summary:
+def _parse(arguments: list[str]) -> Train | Evaluate | Verify | Summary | Export:
     said = io.StringIO()
     os.environ.setdefault("COLUMNS", "100")
     try:

@@ -13,9 +13,9 @@ def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def by_rows(mesh: Mesh) -> NamedSharding:
-    """Rows are split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def by_rows(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
+    """Rows, which lie along ``axis``, are split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -28,7 +28,7 @@ def training_curves(path: Path, metrics: Sequence[Mapping[str, Any]], *, steps_p
         axes.set(xlabel="epoch", ylabel=name)
     for name in evaluations[0].keys() - {"step"} if evaluations else ():
         points = [(row["step"] / steps_per_epoch, row[name]) for row in evaluations if name in row]
-        accuracies.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"test, {name}")
+        accuracies.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{name} accuracy")
     losses.set_yscale("log")
     accuracies.set(ylim=(0, 1.02))
     accuracies.legend(loc="lower right")

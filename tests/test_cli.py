@@ -1,15 +1,21 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import typing
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from jaxnets import cli, data
-from jaxnets.commands import evaluate, networks, run, train
+import jaxnets as jn
+from jaxnets import cli, data, from_linen, weights
+from jaxnets.checkpoint import Checkpoints
+from jaxnets.commands import evaluate, networks, objectives, run, settings
+from jaxnets.fit import read_metrics, restore_best
 
 FAST = ["--model", "mlp", "--epochs", "2", "--steps", "2", "--examples", "40"]
 
@@ -27,11 +33,13 @@ def refusal(capsys, *arguments):
 @pytest.mark.parametrize(("names", "table"), [
     (cli.DataName, data.NAMES),
     (cli.ModelName, networks.MODELS),
-    (cli.ObjectiveName, train.OBJECTIVES),
+    (cli.ObjectiveName, objectives.OBJECTIVES),
+    (cli.ObjectiveName, settings.TRAITS),
     (cli.ThreatName, run.THREATS),
-    (cli.AttackName, train.ATTACKS),
+    (cli.AttackName, objectives.ATTACKS),
     (cli.SuiteName, evaluate.SUITES),
-    (cli.StartName, train.STARTS),
+    (cli.StartName, objectives.STARTS),
+    (cli.AugmentName, objectives.AUGMENTATIONS),
     (cli.OptimizerName, run.OPTIMIZERS),
     (cli.ScheduleName, run.SCHEDULES),
 ])  # fmt: skip
@@ -44,7 +52,8 @@ def test_help_shows_every_choice(capsys):
         cli.main(["train", "--help"])
     assert not exit_.value.code
     text = capsys.readouterr().out
-    for names in (cli.DataName, cli.ModelName, cli.ObjectiveName, cli.ThreatName, cli.AttackName, cli.OptimizerName):
+    for names in (cli.DataName, cli.ModelName, cli.ObjectiveName, cli.ThreatName, cli.AttackName, cli.OptimizerName,
+                  cli.StartName, cli.AugmentName, cli.SweepName):  # fmt: skip
         for name in typing.get_args(names):
             assert name in text
 
@@ -64,6 +73,30 @@ def test_help_shows_every_choice(capsys):
     (["--batch-size", "12"], "batch size 12 does not divide over 8 devices"),
     (["--model", "lenet5"], "LeNet5 takes images of 28x28"),
     (["--optimizer", "sgd", "--learning-rate", "1e30"], "lower the learning rate"),
+    (["--ema", "1"], "--ema must be at least 0 and below 1, got 1.0"),
+    (["--beta", "6"], "--beta is a weight in grad_align, trades, mart, virtual_adversarial: adversarial has none"),
+    (["--objective", "trades", "--beta", "-1"], "--beta must be a number from 0 on"),
+    (["--objective", "trades", "--start", "at_clean"], "there the divergence of trades has no gradient"),
+    (["--objective", "free", "--awp", "0.01"], "--awp takes the weights of one pass"),
+    (["--awp", "-1"], "--awp must be a number from 0 on"),
+    (["--objective", "ibp", "--threat", "l2"], "ibp bounds what happens in a box: take --threat linf, got l2"),
+    (["--objective", "mart", "--label-smoothing", "0.1"], "no probabilities: leave out --label-smoothing"),
+    (["--objective", "crown_ibp", "--augment", "crop", "cutmix"], "leave out --augment cutmix"),
+    (["--held-out", "2000"], "of 1437 rows from 1 to 1436 can be held out, got 2000"),
+    (["--held-out", "-1"], "--held-out must be a number from 0 on"),
+    (["--patience", "2"], "say how many rows with --held-out"),
+    (["--patience", "0", "--held-out", "9"], "--patience must be a number from 1 on"),
+    (["--patience", "2", "--held-out", "9", "--seeds", "2"], "networks that are trained together end together"),
+    (["--seeds", "0"], "--seeds must be a number from 1 on"),
+    (["--seeds", "2", "--seed", str(2**32 - 1)], "--seed must be from 0 to 4294967295"),
+    (["--sweep", "epsilon"], "--sweep says what --values are of"),
+    (["--values", "1"], "--sweep says what --values are of"),
+    (["--sweep", "beta", "--values", "1"], "adversarial has none"),
+    (["--sweep", "epsilon", "--values", "0.1", "-0.1"], "--epsilon must be a number from 0 on, got -0.1"),
+    (["--sweep", "epsilon", "--values", "0.1", "0.1"], "--values must differ"),
+    (["--sweep", "learning_rate", "--values", "0.1", "0"], "--learning-rate must be above 0"),
+    (["--sweep", "learning_rate", "--values", "0.1", "--learning-rate", "0.1"], "--learning-rate is swept"),
+    (["--sweep", "epsilon", "--values", "0.1", "--objective", "standard"], "the same network for every epsilon"),
 ])  # fmt: skip
 def test_impossible_wishes_get_one_line(capsys, tmp_path, arguments, said):
     assert said in refusal(capsys, "train", "--out", str(tmp_path / "run"), *arguments)
@@ -128,6 +161,188 @@ def test_evaluate_makes_one_table_and_one_picture(trained, tmp_path, capsys):
     assert imread(out / "evaluation.png").std() > 0.02
 
 
+# Objectives.
+
+
+def step_and_state(**changes):
+    """The step of a configuration for a network of ten classes, and its state; no data is read."""
+    command = settings.settle(cli.Train(**{"model": "perceptron", "batch_size": 8, **changes}))
+    net = from_linen(networks.module(command.model, 10, (8, 8, 1)))
+    step = objectives.step_of(command, net, classes=10, side=8, steps=10)
+    state = jn.training.init_state(KEY, *net.init(KEY, BATCH.x), run.optimizer_of(command, 10))
+    if command.objective == "free":
+        state = state._replace(perturbation=jnp.zeros_like(BATCH.x))
+    return step, state if command.ema is None else jn.averaging.init_average(state)
+
+
+KEY = jax.random.key(0)
+BATCH = jn.types.Batch(jnp.full((8, 8, 8, 1), 0.5), jnp.arange(8))
+
+
+@pytest.mark.parametrize("name", typing.get_args(cli.ObjectiveName))
+def test_every_objective_makes_a_step_that_keeps_the_state(name):
+    mixed = () if settings.TRAITS[name].of_classes else ("mixup", "cutmix")
+    options = {"augment": ("crop", "flip", "cutout", *mixed), "ema": 0.9, "awp": None if name == "free" else 0.01}
+    step, state = step_and_state(objective=name, **options)
+    after, metrics = jax.eval_shape(step, state, BATCH)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert {"loss", "accuracy"} <= metrics.keys()
+
+
+def test_options_change_the_step():
+    def loss(**changes):
+        step, state = step_and_state(**{"objective": "trades", "steps": 2, "model": "mlp", **changes})
+        return float(jax.jit(step)(state, BATCH)[1]["loss"])
+
+    assert len({loss(), loss(beta=1.0), loss(awp=0.1), loss(augment=("cutout",)), loss(label_smoothing=0.1)}) == 5
+
+
+def test_certified_training_raises_epsilon_over_the_first_half():
+    step, state = step_and_state(objective="ibp")
+    losses = [step(state._replace(step=jnp.asarray(number)), BATCH)[1]["loss"] for number in (0, 3, 5, 9)]
+    plain, state = step_and_state(objective="standard")
+    np.testing.assert_allclose(losses[0], plain(state, BATCH)[1]["loss"], rtol=1e-6)
+    assert losses[0] < losses[1] < losses[2] == losses[3]
+
+
+def test_a_weight_that_is_averaged_is_the_network():
+    _, state = step_and_state(ema=0.9)
+    averaged = jax.tree.map(lambda leaf: leaf + 1, (state.params, state.stats))
+    net = from_linen(networks.module("perceptron", 10, (8, 8, 1)))
+    model = run.model_of(net, state._replace(averaged=averaged))
+    np.testing.assert_array_equal(model.args[0]["Dense_0"]["bias"], state.params["Dense_0"]["bias"] + 1)
+
+
+# Best and last, several networks.
+
+TOGETHER = [
+    "--model", "mlp", "--optimizer", "sgd", "--learning-rate", "0.1", "--epochs", "2", "--steps", "2",
+    "--batch-size", "256", "--examples", "16", "--held-out", "100", "--evaluate-every", "1", "--objective", "trades",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "several"
+    cli.main(["train", *TOGETHER, "--sweep", "beta", "--values", "6", "--seeds", "2", "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    cli.main(["train", *TOGETHER, "--beta", "6", "--seed", "1", "--out", str(folder)])
+    return folder
+
+
+def test_members_are_values_times_seeds():
+    command = settings.settle(cli.Train(objective="mart", sweep="beta", values=(1.0, 6.0), seed=3, seeds=2))
+    found = {name: (one.beta, one.seed, one.is_several) for name, one in settings.members(command).items()}
+    assert found == {
+        "beta1-seed3": (1.0, 3, False),
+        "beta1-seed4": (1.0, 4, False),
+        "beta6-seed3": (6.0, 3, False),
+        "beta6-seed4": (6.0, 4, False),
+    }
+    assert list(settings.members(settings.settle(cli.Train(seeds=2)))) == ["seed0", "seed1"]
+
+
+NAMES = ["beta6-seed0", "beta6-seed1"]
+
+
+def test_several_networks_end_as_runs_of_one(several, alone):
+    assert sorted(path.name for path in several.glob("[!.]*")) == NAMES
+    twin = several / "beta6-seed1"
+    configs = [json.loads((folder / "config.json").read_text())["config"] for folder in (twin, alone)]
+    assert {name: value for name, value in configs[0].items() if name != "out"} == {
+        name: value for name, value in configs[1].items() if name != "out"
+    }
+    rows, expected = (list(read_metrics(folder / "metrics.jsonl")) for folder in (twin, alone))
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        # Signs of gradients near 0 turn with rounding.
+        np.testing.assert_allclose(list(row.values()), list(other.values()), rtol=1e-2, atol=1e-2)
+    for last in (False, True):
+        found, other = (run.load(folder, examples=16, last=last) for folder in (twin, alone))
+        np.testing.assert_allclose(found[1](found[0].x), other[1](other[0].x), atol=1e-2)
+    for name in ("report.json", "report-last.json", "curves.png", "robustness.png", "gallery.png"):
+        assert (twin / name).exists()
+        assert (alone / name).exists()
+    with pytest.raises(AssertionError):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            *(run.load(several / name, examples=16)[1].args[0] for name in NAMES),
+        )
+
+
+def test_means_and_deviations_are_over_seeds(several):
+    numbers = json.loads(several.with_name("several.json").read_text())
+    assert list(numbers) == ["best", "last"]
+    for which, file in (("best", "report.json"), ("last", "report-last.json")):
+        (group,) = numbers[which]
+        assert list(group["networks"]) == NAMES
+        reports = [json.loads((several / name / file).read_text()) for name in NAMES]
+        for attack in ("clean", "fgsm", "worst case"):
+            found = [report[attack]["accuracy"] for report in reports]
+            assert group["mean"][attack] == pytest.approx(np.mean(found))
+            assert group["deviation"][attack] == pytest.approx(np.std(found, ddof=1))
+
+
+@pytest.mark.slow
+def test_several_networks_a_second_time(several, capsys):
+    files = [*several.glob("*/report*.json"), *several.glob("*/metrics.jsonl"), several.with_name("several.json")]
+    before = {file: file.read_bytes() for file in files}
+    cli.main(["train", *TOGETHER, "--sweep", "beta", "--values", "6", "--seeds", "2", "--out", str(several)])
+    said = capsys.readouterr().out
+    assert "accuracy on 16 test rows, linf, best:" in said
+    assert [line.split()[0] for line in said.splitlines() if "%" in line][:4] == [*NAMES, "mean", "deviation"]
+    assert before == {file: file.read_bytes() for file in files}
+
+
+def test_folders_of_several_networks_and_of_one_are_told_apart(several, capsys):
+    command = ["train", *TOGETHER, "--sweep", "beta", "--values", "6"]
+    assert "holds another run (seeds was 2 and is 3)" in refusal(
+        capsys, *command, "--seeds", "3", "--out", str(several)
+    )
+    member = str(several / NAMES[0])
+    assert "is the run of one network" in refusal(capsys, *command, "--out", member)
+    assert "holds another run (beta was 6.0 and is 5.0)" in refusal(
+        capsys, "train", *TOGETHER, "--beta", "5", "--out", member
+    )
+    assert "is of several networks" in refusal(capsys, "evaluate", str(several / ".together"))
+
+
+def test_the_best_weights_are_taken_unless_the_last_are_asked_for(alone, tmp_path, capsys):
+    folder = shutil.copytree(alone, tmp_path / "alone")
+    loaded, before = run.load(folder, examples=16, last=True)
+    best, score = restore_best(folder, loaded.state)
+    shutil.rmtree(folder / "best")
+    wrecked = best._replace(params=jax.tree.map(np.zeros_like, best.params))
+    Checkpoints(folder / "best", keep=1).save(int(best.step), (wrecked, score))
+    x = loaded.x
+    assert not run.load(folder, examples=16)[1](x).any()
+    np.testing.assert_array_equal(run.load(folder, examples=16, last=True)[1](x), before(x))
+    options = ["--steps", "2", "--restarts", "1", "--examples", "16", "--save", "--out", str(tmp_path)]
+    cli.main(["evaluate", str(folder), *options, "--last"])
+    found = json.loads((tmp_path / "evaluation.json").read_text())[str(folder)]
+    assert found["clean"]["accuracy"] == np.mean(np.argmax(before(x), -1) == loaded.y) > 0.4
+    cli.main(["verify", str(folder / "adversarial-pgd-linf0.2.npz")])
+    assert "every accuracy is the one said in the file" in capsys.readouterr().out
+
+
+def test_runs_of_a_version_that_asked_less_go_on(alone, tmp_path):
+    folder = shutil.copytree(alone, tmp_path / "alone")
+    saved = json.loads((folder / "config.json").read_text())
+    for name in ("ema", "augment", "seeds", "sweep", "values"):
+        del saved["config"][name]
+    (folder / "config.json").write_text(json.dumps(saved))
+    asked = {name: value for name, value in saved["config"].items() if name != "out"}
+    run.claim(folder, settings.settle(cli.Train(**asked)))
+    with pytest.raises(ValueError, match=r"ema was None and is 0\.5"):
+        run.claim(folder, settings.settle(cli.Train(**asked, ema=0.5)))
+    run.load(folder, examples=16)
+
+
 def test_help_does_not_wait_for_jax():
     code = "import sys, jaxnets.cli; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0
@@ -176,3 +391,46 @@ def test_summary_prints_every_layer(capsys):
     assert [line.split()[0] for line in lines] == ["layer", "Conv_0", "Conv_1", "Dense_0", "Dense_1", "166,406", "an"]
     assert "an image of 1x1 holds no pooling window" in refusal(capsys, "summary", "vgg16", "--image", "16", "16", "3")
     assert "must be 1 or more" in refusal(capsys, "summary", "mlp", "--image", "0", "16", "3")
+
+
+def test_export_writes_the_network_of_a_run(trained, tmp_path, capsys):
+    folder = tmp_path / "published"
+    cli.main(["export", str(trained), str(folder)])
+    files = [folder / "model.safetensors", folder / "config.json"]
+    size = sum(file.stat().st_size for file in files)
+    said = capsys.readouterr()
+    assert said.out == f"written: {folder}/model.safetensors, config.json: 85,002 parameters, {size:,} bytes\n"
+    assert said.err == ""
+    params, stats, config = weights.load(folder)
+    assert (config["model"], config["classes"], config["image"]) == ("mlp", 10, [8, 8, 1])
+    assert config["training"]["epochs"] == 2
+    assert not {"out", "data_dir"} & set(config["training"])
+    loaded, model = run.load(trained, examples=40)
+    net = from_linen(networks.module(config["model"], config["classes"], config["image"]))
+    np.testing.assert_array_equal(net.infer(params, stats, loaded.x), model(loaded.x))
+
+
+def test_export_of_a_run_that_was_stopped_says_so(trained, tmp_path, capsys):
+    stopped = shutil.copytree(trained, tmp_path / "stopped")
+    (stopped / "report.json").unlink()
+    cli.main(["export", str(stopped), str(tmp_path / "published")])
+    assert capsys.readouterr().err == f"jaxnets: {stopped} has not ended its training: this is its last checkpoint\n"
+
+
+def test_export_refuses_what_it_cannot_do(trained, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    for folder in (other, other / "thesis.txt", trained):
+        assert "is there already: choose another folder" in refusal(capsys, "export", str(trained), str(folder))
+    assert [file.name for file in other.iterdir()] == ["thesis.txt"]
+    assert "File exists" in refusal(capsys, "export", str(trained), str(other / "thesis.txt" / "deeper"))
+    assert "is no run" in refusal(capsys, "export", str(other), str(tmp_path / "new"))
+    assert "What is written" in refusal(capsys, "export", str(trained))
+    config = json.loads((trained / "config.json").read_text())
+    config["config"]["model"] = "perceiver"
+    (other / "config.json").write_text(json.dumps(config))
+    assert "no network is called 'perceiver': take one of perceptron, mlp" in refusal(
+        capsys, "export", str(other), str(tmp_path / "new")
+    )
+    assert not (tmp_path / "new").exists()

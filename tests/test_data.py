@@ -106,6 +106,21 @@ def test_digits():
     np.testing.assert_array_equal(digits.test.labels, data.load("digits").test.labels)
 
 
+def test_rows_held_out_are_not_trained_on():
+    split = data.Split(np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1), np.arange(50, dtype=np.int32))
+    rest, held_out = data.hold_out(split, 20, key=jax.random.key(1))
+    assert (len(rest.labels), len(held_out.labels)) == (30, 20)
+    assert sorted([*rest.labels, *held_out.labels]) == list(range(50))
+    for part in (rest, held_out):
+        np.testing.assert_array_equal(part.images.ravel(), part.labels)
+        assert (np.diff(part.labels) > 0).all()
+    np.testing.assert_array_equal(held_out.labels, data.hold_out(split, 20, key=jax.random.key(1))[1].labels)
+    assert (held_out.labels != data.hold_out(split, 20, key=jax.random.key(2))[1].labels).any()
+    for rows in (0, 50):
+        with pytest.raises(ValueError, match=f"of 50 rows from 1 to 49 can be held out, got {rows}"):
+            data.hold_out(split, rows, key=jax.random.key(1))
+
+
 @pytest.mark.parametrize(
     ("name", "count"), [("mnist", 4), ("fashion_mnist", 4), ("cifar10", 1), ("cifar100", 1), ("svhn_cropped", 3)]
 )

@@ -12,7 +12,16 @@ from benchmarks import loop_overhead
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
-LAST_LINE = {"cifar10_architectures": "picture: ", "depth": "picture: ", "mnist_fast": "mean of"}
+LAST_LINE = {
+    "cifar10_architectures": "picture: ",
+    "cifar10_fast": "mean of",
+    "cifar10_trades_awp": "mean of",
+    "depth": "picture: ",
+    "kurakin_table": "top-1/top-5",
+    "mnist_fast": "mean of",
+    "mnist_madry": "1 of MadryCNN",
+    "mnist_methods": "3 methods",
+}
 
 
 @pytest.mark.parametrize(
@@ -35,8 +44,7 @@ def test_headers_say_how_they_were_run():
 
 
 def test_loop_overhead_measures():
-    milliseconds, relative = loop_overhead.ratio(
+    found = loop_overhead.overhead(
         nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(10)]), (4, 3, 3, 1), steps=3, rounds=3
     )
-    assert milliseconds > 0
-    assert relative > 0
+    assert min(found) > 0

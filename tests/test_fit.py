@@ -13,8 +13,10 @@ import optax
 import pytest
 
 import jaxnets as jn
-from jaxnets.data import Split
-from jaxnets.fit import MetricsLog, Progress, fit, read_metrics
+from jaxnets.checkpoint import Checkpoints
+from jaxnets.data import Split, batch_indices
+from jaxnets.fit import MetricsLog, Progress, fit, read_metrics, restore_best
+from jaxnets.training import make_step
 
 OPTIMIZER = optax.sgd(0.05, momentum=0.9)
 
@@ -34,7 +36,9 @@ def problem():
 
 def run(problem, folder, **options):
     objective, state, split = problem
-    return fit(objective, OPTIMIZER, state, split, **{"folder": folder, "epochs": 3, "batch_size": 16, **options})
+    return fit(
+        make_step(objective, OPTIMIZER), state, split, **{"folder": folder, "epochs": 3, "batch_size": 16, **options}
+    )
 
 
 def params_of(state):
@@ -58,7 +62,7 @@ def test_counts_steps_and_evaluates_after_epochs(problem, tmp_path):
 
 
 def test_the_loss_falls(problem, tmp_path):
-    run(problem, tmp_path, epochs=60)
+    run(problem, tmp_path, epochs=60, checkpoint_every=1000)
     losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
@@ -140,12 +144,143 @@ def test_metrics_are_written_a_step_late_and_cut_on_resuming(tmp_path):
     ]
 
 
+# Best and last.
+
+
+class KilledError(Exception):
+    pass
+
+
+def scored(folder, scores=(0.1, 0.5, 0.5, 0.2, 0.7), *, killed_at=None, **options):
+    """A sum of what each step has seen, whose n-th epoch is said to score ``scores[n]``."""
+    labels = np.arange(6, dtype=np.int32)
+    split = Split(np.full((6, 2), 10, np.uint8) * labels.astype(np.uint8)[:, None], labels)
+
+    def step(state, batch):
+        total = state.params + (1 + state.step) * jnp.sum(batch.x)
+        return state._replace(step=state.step + 1, params=total), {"loss": total}
+
+    def evaluate(state):
+        if int(state.step) == killed_at:
+            raise KilledError
+        return {"robust": scores[int(state.step) // 3 - 1], "sum": float(state.params)}
+
+    mesh = jn.parallel.data_mesh(jax.devices()[:2])
+    settings = {"epochs": 5, "batch_size": 2, "evaluate": evaluate, "score": lambda values: values["robust"]}
+    return fit(step, START, split, folder=folder, mesh=mesh, **{**settings, **options})
+
+
+START = jn.training.init_state(jax.random.key(0), jnp.zeros(()), {}, optax.sgd(0.0))
+
+
+def evaluations(folder):
+    return {row["step"]: row["sum"] for row in read_metrics(folder / "metrics.jsonl") if "sum" in row}
+
+
+def test_the_best_state_is_kept_beside_the_last(tmp_path):
+    last = scored(tmp_path, epochs=4)
+    best, score = restore_best(tmp_path, START)
+    assert (best.step, score) == (6, 0.5)  # the first of two that score the same
+    assert best.params == evaluations(tmp_path)[6]
+    assert last.step == Checkpoints(tmp_path / "checkpoints").restore(START).step == 12
+    scored(tmp_path)
+    best, score = restore_best(tmp_path, START)
+    assert (best.step, score) == (15, 0.7)
+
+
+def test_steps_take_the_rows_of_their_numbers(tmp_path):
+    scored(tmp_path, epochs=3, score=None)
+    key, total = jax.random.fold_in(START.key, 2**32 - 1), 0.0
+    for step in range(9):
+        total += (1 + step) * 20 * sum(map(int, batch_indices(key, step, 6, 2))) / 255  # two pixels of 10 times the row
+    np.testing.assert_allclose(evaluations(tmp_path)[9], total, rtol=1e-5)
+
+
+def test_without_a_score_there_is_no_best(tmp_path):
+    scored(tmp_path, epochs=1, score=None)
+    assert restore_best(tmp_path, START) is None
+    assert not (tmp_path / "best").exists()
+
+
+def test_training_ends_without_a_better_score_and_stays_ended(tmp_path):
+    last = scored(tmp_path, patience=2)
+    assert last.step == 12
+    assert restore_best(tmp_path, START)[0].step == 6
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert scored(tmp_path, patience=2, killed_at=12).step == 12  # it is not evaluated again
+    assert scored(tmp_path, patience=2, epochs=9).params == last.params
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert scored(tmp_path / "longer", patience=3).step == 15
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("never_stopped")
+    return scored(folder, patience=2), folder
+
+
+@pytest.mark.parametrize(("step", "place"), [
+    (3, "between"), (6, "evaluation"), (6, "before the best"), (6, "between"), (6, "after both"), (12, "evaluation"),
+    (12, "between"),
+])  # fmt: skip
+def test_stopped_anywhere_best_last_and_end_are_those_of_a_run_never_stopped(
+    step, place, never_stopped, tmp_path, monkeypatch
+):
+    save, seen = Checkpoints.save, []
+
+    def dying(self, number, tree):
+        here = number == step and not seen
+        if here and (self.folder.name, place) in {("best", "before the best"), ("checkpoints", "between")}:
+            seen.append(place)
+            raise KilledError
+        save(self, number, tree)
+        if here and (self.folder.name, place) == ("checkpoints", "after both"):
+            seen.append(place)
+            raise KilledError
+
+    monkeypatch.setattr(Checkpoints, "save", dying)
+    with pytest.raises(KilledError):
+        scored(tmp_path, patience=2, killed_at=step if place == "evaluation" else None)
+    last, folder = never_stopped
+    again = scored(tmp_path, patience=2)
+    assert (again.step, again.params) == (last.step, last.params)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    best, score = restore_best(tmp_path, START)
+    assert (best.step, best.params, score) == (6, evaluations(folder)[6], 0.5)
+
+
+def test_a_best_state_of_a_later_step_stays_until_it_is_passed(tmp_path):
+    """Where other devices round otherwise, a run that goes on may score otherwise."""
+    scored(tmp_path, epochs=2)
+    newest = tmp_path / "checkpoints" / "6"
+    for file in newest.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    scored(tmp_path, (0.1, 0.9, 0.6, 0.55), epochs=4)
+    best, score = restore_best(tmp_path, START)
+    assert (best.step, score) == (9, 0.6)
+
+
+def test_impossible_scores_are_refused(tmp_path):
+    for options, said in (
+        ({"evaluate": None}, "give fit an evaluate too"),
+        ({"patience": 0}, "from 1 on, got 0"),
+        ({"patience": 1, "score": None}, "without a better score"),
+        ({"score": lambda values: float("nan")}, "score must give a number for each network, got nan at step 3"),
+        ({"score": lambda values: [1.0, 2.0]}, r"for each network, got \[1. 2.\] at step 3"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            scored(tmp_path, **options)
+
+
+# A command that is killed.
+
+
 def start_training(folder):
     code = "from jaxnets.cli import main; main()"
     options = ["--model", "mlp", "--epochs", "12", "--steps", "3", "--evaluate-every", "4", "--examples", "40"]
     command = [sys.executable, "-c", code, "train", *options, "--out", str(folder)]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def wait_for_checkpoint(folder, process, step):

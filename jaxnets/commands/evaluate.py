@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from jaxnets import attacks, losses, plots
 from jaxnets.cli import Evaluate
-from jaxnets.commands.run import Run, check_at_least, load, versions, write_json
+from jaxnets.commands.run import Run, load, versions, write_json
+from jaxnets.commands.settings import check_at_least
 from jaxnets.diagnostics import masked_gradients
 from jaxnets.evaluation import Report, robustness_curve, table
 from jaxnets.evaluation import evaluate as evaluate_attacks
@@ -66,6 +67,7 @@ def evaluate(command: Evaluate) -> None:
             threat=command.threat,
             epsilon=command.epsilon,
             data_dir=command.data_dir,
+            last=command.last,
         )
         reports[str(folder)] = report = _attack(command, run, model)
         curves[str(folder)] = pgd_curve(run, model)
@@ -146,7 +148,8 @@ def as_json(report: Report) -> dict[str, Any]:
             said |= {"mean_queries": float(queries.mean()), "median_queries": float(np.median(queries))}
         return said
 
-    return {name: entry(name, rows) for name, rows in report.with_worst_case().items()}
+    certified = {f"certified: {name}": rows for name, rows in report.certified.items()}
+    return {name: entry(name, rows) for name, rows in {**report.with_worst_case(), **certified}.items()}
 
 
 def _finite(value: float) -> float | None:

@@ -17,10 +17,13 @@ import numpy as np
 import optax
 
 from jaxnets import data
+from jaxnets.averaging import init_average
 from jaxnets.checkpoint import CheckpointError, Checkpoints
 from jaxnets.classifier import Classifier, from_linen
 from jaxnets.cli import Train
 from jaxnets.commands import networks
+from jaxnets.commands.settings import Settled, settle
+from jaxnets.fit import restore_best
 from jaxnets.optimizers import triangular
 from jaxnets.threats import L1, L2, Linf, Threat
 from jaxnets.training import TrainState, init_state
@@ -43,16 +46,17 @@ SCHEDULES: dict[str, Callable[[float, int], Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Settled(Train):
-    """A training whose every number is known."""
-
-    epochs: int = 0
-    learning_rate: float = 0.0
-
-
 class Run(NamedTuple):
-    """What a configuration stands for. ``x`` and ``y`` are the test rows that evaluation attacks."""
+    """What a configuration stands for.
+
+    Attributes:
+      net, threat, optimizer: by their names.
+      dataset: the training rows without those held out.
+      state: before the first step.
+      attack_key: of every attack in evaluations.
+      x, y: the test rows that evaluation attacks.
+      watched: the rows and classes that are looked at during training.
+    """
 
     net: Classifier
     threat: Threat
@@ -62,27 +66,47 @@ class Run(NamedTuple):
     attack_key: jax.Array
     x: np.ndarray
     y: np.ndarray
+    watched: tuple[np.ndarray, np.ndarray]
 
 
-def settle(command: Train) -> Settled:
-    """What depends on the data, filled in: few small images bear many passes and a high rate."""
-    epochs, learning_rate = (100, 1e-2) if command.data == "digits" else (10, 1e-3)
-    given = {name: value for name, value in dataclasses.asdict(command).items() if value is not None}
-    return Settled(**{"epochs": epochs, "learning_rate": learning_rate, **given})
-
-
-def build(command: Settled) -> Run:
+def rows_of(command: Settled) -> tuple[data.Dataset, data.Split | None]:
+    """The data without the rows that are held out, the same for every seed, and those rows."""
     dataset = data.load(command.data, command.data_dir)
+    if not command.held_out:
+        return dataset, None
+    rest, held_out = data.hold_out(dataset.train, command.held_out, key=jax.random.key(0))
+    return dataset._replace(train=rest), held_out
+
+
+def build(command: Settled, dataset: data.Dataset, held_out: data.Split | None = None) -> Run:
     net = from_linen(networks.module(command.model, len(dataset.classes), dataset.test.images.shape[1:]))
     init_key, train_key, attack_key = jax.random.split(jax.random.key(command.seed), 3)
-    x = data.to_float(dataset.test.images[: command.examples])
-    params, stats = net.init(init_key, jnp.asarray(x[:1]))
-    steps = command.epochs * data.steps_per_epoch(len(dataset.train.labels), command.batch_size)
-    rate = SCHEDULES[command.schedule](command.learning_rate, steps)
-    optimizer = OPTIMIZERS[command.optimizer](rate, command.weight_decay)
-    state = init_state(train_key, params, stats, optimizer)
-    threat = THREATS[command.threat](command.epsilon)
-    return Run(net, threat, dataset, state, optimizer, attack_key, x, dataset.test.labels[: command.examples])
+    x, y = data.to_float(dataset.test.images[: command.examples]), dataset.test.labels[: command.examples]
+    optimizer = optimizer_of(command, total_steps(command, dataset))
+    state = init_state(train_key, *net.init(init_key, jnp.asarray(x[:1])), optimizer)
+    if command.ema is not None:
+        state = init_average(state)
+    if command.objective == "free":
+        state = state._replace(perturbation=jnp.zeros((command.batch_size, *x.shape[1:])))
+    watched = (data.to_float(held_out.images), held_out.labels) if held_out else (x[:500], y[:500])
+    return Run(net, THREATS[command.threat](command.epsilon), dataset, state, optimizer, attack_key, x, y, watched)
+
+
+def total_steps(command: Settled, dataset: data.Dataset) -> int:
+    """Of the whole training."""
+    return command.epochs * data.steps_per_epoch(len(dataset.train.labels), command.batch_size)
+
+
+def optimizer_of(command: Settled, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a training of so many steps; the learning rate may be traced."""
+    rate = SCHEDULES[command.schedule](command.learning_rate, steps * command.replays)
+    return OPTIMIZERS[command.optimizer](rate, command.weight_decay)
+
+
+def model_of(net: Classifier, state: TrainState) -> Any:
+    """The network of a state: of its averaged weights where it keeps an average."""
+    params, stats = (state.params, state.stats) if state.averaged is None else state.averaged
+    return net.logits_fn(*jax.tree.map(jnp.asarray, (params, stats)))
 
 
 def load(
@@ -92,15 +116,20 @@ def load(
     threat: str | None = None,
     epsilon: float | None = None,
     data_dir: Path | None = None,
+    last: bool = False,
 ) -> tuple[Run, Any]:
-    """A trained run and its model, in its own threat unless another is given."""
+    """A trained run and its model, in its own threat unless another is given.
+
+    The model is the best on the rows held out, where there are any, unless the ``last`` is asked for.
+    """
     saved = folder / "config.json"
     if not saved.exists():
         raise ValueError(f"{folder} is no run: it has no config.json. A run is a folder written by jaxnets train")
     try:
         values = json.loads(saved.read_text())["config"]
+        if values.get("sweep") or values.get("seeds", 1) > 1:
+            raise ValueError(f"{folder} is of several networks: name the folders of their runs, beside it")
         trained = settle(Train(**{name: value for name, value in values.items() if name not in ("data_dir", "out")}))
-        check_train(trained)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{saved} is damaged or of another version ({error}): train the run again") from error
     if threat not in (None, trained.threat) and epsilon is None:
@@ -110,16 +139,18 @@ def load(
         "epsilon": trained.epsilon if epsilon is None else epsilon,
         "data_dir": data_dir or (Path(values["data_dir"]) if values.get("data_dir") else None),
     }
-    run = build(dataclasses.replace(trained, examples=examples, **changes))
-    state = Checkpoints(folder / "checkpoints").restore(run.state)
+    trained = dataclasses.replace(trained, examples=examples, **changes)
+    run = build(trained, data.load(trained.data, trained.data_dir))
+    best = None if last else restore_best(folder, run.state)
+    state = best[0] if best else Checkpoints(folder / "checkpoints").restore(run.state)
     if state is None:
         raise ValueError(f"{folder} has no checkpoint yet: let its training reach one")
-    return run, run.net.logits_fn(*jax.tree.map(jnp.asarray, (state.params, state.stats)))
+    return run, model_of(run.net, state)
 
 
 def claim(folder: Path, command: Settled) -> None:
     """Writes the configuration into a new folder, or checks that the folder is of the same run."""
-    config = json.loads(json.dumps(dataclasses.asdict(command), default=str))
+    config = _as_json(command)
     saved = folder / "config.json"
     if not saved.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,27 +161,15 @@ def claim(folder: Path, command: Settled) -> None:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{saved} is damaged ({error}): delete {folder} or choose another --out") from error
     free = {"data_dir", "out"}  # the same run may be continued from elsewhere
-    changed = [name for name in config if name not in free and config[name] != before.get(name)]
+    before = _as_json(Train()) | before  # what a version before did not ask
+    changed = [name for name in config if name not in free and config[name] != before[name]]
     if changed:
-        said = ", ".join(f"{name} was {before.get(name)} and is {config[name]}" for name in changed)
+        said = ", ".join(f"{name} was {before[name]} and is {config[name]}" for name in changed)
         raise ValueError(f"{folder} holds another run ({said}): choose another --out, or delete it")
 
 
-def check_train(command: Settled) -> None:
-    check_at_least(command, epsilon=0, steps=1, epochs=1, batch_size=1, weight_decay=0, evaluate_every=1, examples=1)
-    if not command.learning_rate > 0:
-        raise ValueError(f"--learning-rate must be above 0, got {command.learning_rate}")
-    if not 0 <= command.label_smoothing < 1:
-        raise ValueError(f"--label-smoothing must be at least 0 and below 1, got {command.label_smoothing}")
-    if not 0 <= command.seed < 2**32:
-        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {command.seed}")
-
-
-def check_at_least(command: Any, **least: float) -> None:
-    for name, bound in least.items():
-        value = getattr(command, name)
-        if not bound <= value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} must be a number from {bound} on, got {value}")
+def _as_json(command: Train) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(command), default=str))
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from jaxnets import models
 from jaxnets.cli import Summary
 from jaxnets.commands.networks import MODELS, module
-from jaxnets.commands.run import check_at_least
+from jaxnets.commands.settings import check_at_least
 
 
 def summary(command: Summary) -> None:

@@ -1,119 +1,149 @@
 """``jaxnets train``: trains, evaluates, draws."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from jaxnets import attacks, data, losses, objectives, plots
 from jaxnets.cli import Train
-from jaxnets.commands.evaluate import as_json, pgd_curve
-from jaxnets.commands.run import Run, Settled, build, check_train, claim, settle, write_json
-from jaxnets.evaluation import Report
-from jaxnets.evaluation import evaluate as evaluate_attacks
-from jaxnets.fit import fit, read_metrics
-from jaxnets.threats import Threat
-from jaxnets.training import TrainState
-from jaxnets.types import Array, Attack, Loss
-
-STARTS = {
-    "uniform": attacks.uniform,
-    "uniform_unclipped": attacks.uniform_unclipped,
-    "at_clean": attacks.at_clean,
-}
-ATTACKS: dict[str, Callable[[Train, Threat], Attack]] = {
-    "pgd": lambda c, threat: partial(attacks.pgd, threat=threat, steps=c.steps, start=STARTS[c.start]),
-    "fgsm": lambda c, threat: partial(
-        attacks.fgsm, threat=threat, step_size=1.25 * threat.epsilon, start=STARTS[c.start]
-    ),
-}
-OBJECTIVES: dict[str, Callable[..., Any]] = {
-    "adversarial": lambda net, attack, loss: objectives.adversarial(net, attack, loss=loss),
-    "standard": lambda net, attack, loss: objectives.standard(net, loss=loss),
-}
+from jaxnets.commands.objectives import step_of
+from jaxnets.commands.reports import (
+    Kept,
+    accuracies,
+    finish,
+    grouped,
+    look,
+    look_at_all,
+    members_table,
+    moments,
+)
+from jaxnets.commands.run import Run, build, claim, rows_of, total_steps, write_json
+from jaxnets.commands.settings import Settled, members, settle
+from jaxnets.fit import fit
+from jaxnets.sweeps import member, stack, sweep, write_members
+from jaxnets.training import Step, TrainState
 
 
 def train(command: Train) -> None:
-    """Trains, evaluates, draws; all of it into the run's folder."""
+    """Trains, evaluates, draws; all of it into the run's folder, or into one for each network."""
     command = settle(command)
-    check_train(command)
-    run = build(command)
-    folder = command.out or Path("runs") / (
-        f"{command.data}-{command.model}-{command.objective}-{command.threat}{command.epsilon:g}-seed{command.seed}"
-    )
+    (_train_several if command.is_several else _train_one)(command)
+
+
+def _train_one(command: Settled) -> None:
+    dataset, held_out = rows_of(command)
+    run = build(command, dataset, held_out)
+    folder = command.out or Path("runs") / f"{_name(command)}-seed{command.seed}"
     claim(folder, command)
     print(f"{folder}: {_describe(command, run)}", flush=True)
-    loss = _smoothed(command.label_smoothing, len(run.dataset.classes))
-    objective = OBJECTIVES[command.objective](run.net, ATTACKS[command.attack](command, run.threat), loss)
-    state = fit(
-        objective,
-        run.optimizer,
-        run.state,
+    state = _fit(command, folder, run, _step(command, run), run.state, partial(look, command, run))
+    kept = finish(folder, command, run, state)
+    for name, (step, report) in kept.items():
+        which = f", {name} (step {step})" if len(kept) > 1 else ""
+        print(f"accuracy on {len(run.y)} test rows, {command.threat} {command.epsilon:g}{which}:\n{report}")
+    print(f"pictures: {folder}/curves.png, robustness.png, gallery.png")
+
+
+def _train_several(command: Settled) -> None:
+    """Trains in a hidden folder, so that all that is seen in the other are runs."""
+    dataset, held_out = rows_of(command)
+    commands = members(command)
+    runs = {name: build(one, dataset, held_out) for name, one in commands.items()}
+    folder = command.out or Path("runs") / _name(command)
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} is the run of one network: choose another --out")
+    together = folder / ".together"
+    claim(together, command)
+    for name, one in commands.items():
+        claim(folder / name, one)
+    first = next(iter(runs.values()))
+    print(f"{folder}: {len(runs)} networks, {', '.join(runs)}; each {_describe(command, first)}", flush=True)
+    state = stack([run.state for run in runs.values()])
+    states = _fit(
+        command, together, first, _steps(command, first), state, partial(look_at_all, command, list(runs.values()))
+    )
+    write_members(together, states, [folder / name for name in runs])
+    kept = {}
+    for number, (name, run) in enumerate(runs.items()):
+        kept[name] = finish(folder / name, commands[name], run, member(states, number))
+        print(f"{name} is evaluated", flush=True)
+    _tell(command, folder, first, kept)
+
+
+def _tell(command: Settled, folder: Path, run: Run, kept: dict[str, dict[str, Kept]]) -> None:
+    """Prints a table of all networks, best and last, and writes it beside their folder."""
+    numbers = {}
+    for which in ("best", "last") if command.held_out else ("last",):
+        groups = grouped(
+            {name: accuracies(found[which].report) if which in found else None for name, found in kept.items()}
+        )
+        said = f", {which}" if command.held_out else ""
+        print(f"accuracy on {len(run.y)} test rows, {command.threat}{said}:\n{members_table(groups)}")
+        numbers[which] = [{"networks": group, **moments(group)} for group in groups]
+    path = folder.with_name(folder.name + ".json")
+    write_json(path, numbers)
+    print(f"runs: {folder}/*; numbers: {path}")
+
+
+def _fit(
+    command: Settled,
+    folder: Path,
+    run: Run,
+    step: Step,
+    state: TrainState,
+    evaluate: Callable[[TrainState], dict[str, Any]],
+) -> TrainState:
+    return fit(
+        step,
+        state,
         run.dataset.train,
         folder=folder,
         epochs=command.epochs,
         batch_size=command.batch_size,
-        evaluate=partial(_look, run),
+        evaluate=evaluate,
         evaluate_every=command.evaluate_every,
+        score=(lambda values: values["held-out robust"]) if command.held_out else None,
+        patience=command.patience,
     )
-    pgd = partial(attacks.pgd, threat=run.threat, steps=40)
-    suite: dict[str, Attack] = {
-        "fgsm": partial(attacks.fgsm, threat=run.threat),
-        "pgd-40": pgd,
-        "pgd-40 margin": partial(pgd, loss=losses.margin),
-    }
-    model = run.net.logits_fn(state.params, state.stats)
-    report = evaluate_attacks(run.attack_key, model, run.x, run.y, suite, threat=run.threat)
-    print(f"accuracy on {len(run.y)} test rows, {command.threat} {command.epsilon:g}:\n{report}")
-    write_json(folder / "report.json", as_json(report))
-    _draw(folder, command, run, model, report)
-    print(f"pictures: {folder}/curves.png, robustness.png, gallery.png")
 
 
-def _look(run: Run, state: TrainState) -> dict[str, float]:
-    """A quick look at at most 500 test rows while training."""
-    attack = partial(attacks.pgd, threat=run.threat, steps=20)
-    model = run.net.logits_fn(state.params, state.stats)
-    report = evaluate_attacks(run.attack_key, model, run.x[:500], run.y[:500], {"robust": attack}, threat=run.threat)
-    return {name: report.accuracies()[name] for name in ("clean", "robust")}
+def _step(command: Settled, run: Run) -> Step:
+    dataset = run.dataset
+    side, steps = min(run.x.shape[1:3]), total_steps(command, dataset)
+    return step_of(command, run.net, classes=len(dataset.classes), side=side, steps=steps)
 
 
-def _draw(folder: Path, command: Settled, run: Run, model: Any, report: Report) -> None:
-    per_epoch = data.steps_per_epoch(len(run.dataset.train.labels), command.batch_size)
-    plots.training_curves(
-        folder / "curves.png", list(read_metrics(folder / "metrics.jsonl")), steps_per_epoch=per_epoch
-    )
-    curve = {f"{command.objective}, pgd-20": pgd_curve(run, model)}
-    plots.accuracy_against_epsilon(
-        folder / "robustness.png", curve, xlabel=f"epsilon ({command.threat}; trained with {command.epsilon:g})"
-    )
-    # Fooled rows say more than survivors: they come first.
-    shown = np.argsort(report.survived["pgd-40"] + 2 * ~report.survived["clean"], kind="stable")[:8]
-    x, x_adv = run.x[shown], report.examples["pgd-40"][shown]
-    predictions = np.asarray(jnp.argmax(model(x), -1)), np.asarray(jnp.argmax(model(x_adv), -1))
-    plots.gallery(folder / "gallery.png", x, x_adv, predictions, run.dataset.classes)
+def _steps(command: Settled, run: Run) -> Step:
+    """The step of all networks: what is swept is traced."""
+    swept = command.sweep
+    if swept is None:
+        return sweep(lambda _: _step(command, run), ())
+    values = jnp.array([getattr(one, swept) for one in members(command).values()])
+    return sweep(lambda value: _step(replace(command, **{swept: value}), run), values)
 
 
-def _smoothed(amount: float, classes: int) -> Loss:
-    if not amount:
-        return losses.cross_entropy
-
-    def loss(logits: Array, target: Array) -> Array:
-        return losses.cross_entropy(logits, optax.smooth_labels(jax.nn.one_hot(target, classes), amount))
-
-    return loss
+def _name(command: Settled) -> str:
+    epsilon = "" if command.sweep == "epsilon" else f"{command.epsilon:g}"
+    swept = f"-{command.sweep}" if command.sweep else ""
+    return f"{command.data}-{command.model}-{command.objective}-{command.threat}{epsilon}{swept}"
 
 
 def _describe(command: Settled, run: Run) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
-    against = f" against {command.attack} in {run.threat}" if command.objective == "adversarial" else ""
     rows = f"{len(run.dataset.train.labels)} rows of {command.data}"
     return (
-        f"{command.model} ({count} parameters), {command.objective}{against}, {rows}, "
+        f"{command.model} ({count} parameters), {command.objective}{_against(command, run)}, {rows}, "
         f"{len(jax.devices())} {jax.default_backend()} device(s)"
     )
+
+
+def _against(command: Settled, run: Run) -> str:
+    if command.objective == "standard":
+        return ""
+    attacked = command.objective in ("adversarial", "trades", "mart")
+    threat = type(run.threat).__name__ if command.sweep == "epsilon" else run.threat
+    return f" against {command.attack} in {threat}" if attacked else f" in {threat}"

@@ -15,7 +15,9 @@ def verify(command: Verify) -> None:
     """Range, ball, the clean rows and the accuracies of a file; anything wrong raises `InvalidExample`."""
     examples = load_examples(command.file)
     folder = command.run or Path(examples.origin["run"])
-    run, model = load(folder, examples=len(examples.x), data_dir=command.data_dir)
+    # An example may be of the best weights or of the last; other programs that write files do not say.
+    last = examples.origin.get("config", {}).get("last", False)
+    run, model = load(folder, examples=len(examples.x), data_dir=command.data_dir, last=last)
     if not (np.array_equal(run.x, examples.x) and np.array_equal(run.y, examples.y)):
         raise InvalidExample(f"{command.file}: its clean rows are not the first test rows of the data of {folder}")
     classify = jax.jit(lambda x: jnp.argmax(model(x), axis=-1))

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxnets.data.originals import DataError, quiet_tfds
@@ -37,6 +38,25 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...]
     train: Split
     test: Split
+
+
+def hold_out(split: Split, rows: int, *, key: jax.Array) -> tuple[Split, Split]:
+    """``rows`` rows drawn without replacement, and what is left: ``(rest, held_out)``, both in the split's order.
+
+    Raises ``ValueError`` where ``rows`` is below 1 or nothing is left.
+
+    >>> split = Split(np.zeros((5, 2, 2, 1), np.uint8), np.arange(5, dtype=np.int32))
+    >>> rest, held_out = hold_out(split, 2, key=jax.random.key(0))
+    >>> sorted([*rest.labels.tolist(), *held_out.labels.tolist()])
+    [0, 1, 2, 3, 4]
+    """
+    count = len(split.labels)
+    if not 1 <= rows < count:
+        raise ValueError(f"of {count} rows from 1 to {count - 1} can be held out, got {rows}")
+    is_held = np.zeros(count, bool)
+    is_held[np.asarray(jax.random.permutation(key, count))[:rows]] = True
+    rest, held_out = (Split(split.images[chosen], split.labels[chosen]) for chosen in (~is_held, is_held))
+    return rest, held_out
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
