@@ -330,6 +330,14 @@ def test_the_best_weights_are_taken_unless_the_last_are_asked_for(alone, tmp_pat
     assert "every accuracy is the one said in the file" in capsys.readouterr().out
 
 
+def test_patience_ends_training(tmp_path, capsys):
+    options = ["--epochs", "9", "--objective", "standard", "--learning-rate", "1e-9", "--patience", "2"]
+    cli.main(["train", *TOGETHER, *options, "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "best (step 5)" in said
+    assert "last (step 15)" in said
+
+
 def test_runs_of_a_version_that_asked_less_go_on(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "alone")
     saved = json.loads((folder / "config.json").read_text())

@@ -50,7 +50,7 @@ class Run(NamedTuple):
     """What a configuration stands for.
 
     Attributes:
-      net, threat, optimizer: by their names.
+      net, threat: by their names.
       dataset: the training rows without those held out.
       state: before the first step.
       attack_key: of every attack in evaluations.
@@ -62,7 +62,6 @@ class Run(NamedTuple):
     threat: Threat
     dataset: data.Dataset
     state: TrainState
-    optimizer: optax.GradientTransformation
     attack_key: jax.Array
     x: np.ndarray
     y: np.ndarray
@@ -82,14 +81,14 @@ def build(command: Settled, dataset: data.Dataset, held_out: data.Split | None =
     net = from_linen(networks.module(command.model, len(dataset.classes), dataset.test.images.shape[1:]))
     init_key, train_key, attack_key = jax.random.split(jax.random.key(command.seed), 3)
     x, y = data.to_float(dataset.test.images[: command.examples]), dataset.test.labels[: command.examples]
-    optimizer = optimizer_of(command, total_steps(command, dataset))
-    state = init_state(train_key, *net.init(init_key, jnp.asarray(x[:1])), optimizer)
+    params, stats = net.init(init_key, jnp.asarray(x[:1]))
+    state = init_state(train_key, params, stats, optimizer_of(command, total_steps(command, dataset)))
     if command.ema is not None:
         state = init_average(state)
     if command.objective == "free":
         state = state._replace(perturbation=jnp.zeros((command.batch_size, *x.shape[1:])))
     watched = (data.to_float(held_out.images), held_out.labels) if held_out else (x[:500], y[:500])
-    return Run(net, THREATS[command.threat](command.epsilon), dataset, state, optimizer, attack_key, x, y, watched)
+    return Run(net, THREATS[command.threat](command.epsilon), dataset, state, attack_key, x, y, watched)
 
 
 def total_steps(command: Settled, dataset: data.Dataset) -> int:
