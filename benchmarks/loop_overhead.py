@@ -3,13 +3,14 @@
 The time of PGD-K over that of K jitted input gradients; that of a step of adversarial training against PGD-K over that
 of K input gradients and one parameter gradient.
 
-Command: ``python -m benchmarks.loop_overhead``. Two CPU cores, jax 0.10.2, two runs; other work shared the cores in
-those of the step, not in those of PGD alone:
+Command: ``python -m benchmarks.loop_overhead``. Two CPU cores, jax 0.10.2:
 
-| network                            | one input gradient | PGD-10     | one parameter gradient | step with PGD-10 |
-|------------------------------------|--------------------|------------|------------------------|------------------|
-| MadryCNN, 28x28x1, batch 128       | 49, 54 ms          | 0.99, 0.95 | 210, 282 ms (shared)   | 1.12, 0.98       |
-| residual stack, 32x32x16, batch 64 | 30, 30 ms          | 0.97, 1.00 | 280, 287 ms (shared)   | 1.10, 1.05       |
+| network                            | one input gradient | PGD-10 | one parameter gradient | step with PGD-10 |
+|------------------------------------|--------------------|--------|------------------------|------------------|
+| MadryCNN, 28x28x1, batch 128       | 51 ms              | 1.07   | 108 ms                 | 1.06             |
+| residual stack, 32x32x16, batch 64 | 45 ms              | 1.00   | 90 ms                  | 0.99             |
+
+Where other work shared the cores, two runs gave 1.12 and 0.98 for the first step, 1.10 and 1.05 for the second.
 """
 
 import statistics
