@@ -4,7 +4,11 @@ Claim (Kurakin et al. 2017, https://arxiv.org/abs/1611.01236): one-step adversar
 and holds against one-step attacks of every size, and a deeper network gains more from it.
 
 Command: ``python -m experiments.kurakin_table`` for narrow networks on a CPU; ``--form full`` on a GPU (not run).
-Hardware: not run yet.
+Hardware: two CPU cores, 2.9 and 3.7 minutes of training. Rebuilt CIFAR-10, seed 0, top-1/top-5 as below; the deeper
+network was not run::
+
+    standard                62.9/97     4.2/64     2.2/52     4.4/45     7.1/44
+    adversarial             61.7/96    31.7/88    17.1/80     5.4/68     2.1/57
 
 Published, ImageNet, Inception v3, top-1/top-5 at epsilon 0, 2, 4, 8, 16 of 255::
 
