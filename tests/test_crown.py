@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from finite_differences import assert_slope
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -221,7 +222,4 @@ def test_gradients_against_finite_differences(x64):
 
     gradient, random = jax.jit(jax.grad(value))(weights), np.random.default_rng(5)
     for _ in range(5):
-        direction = jax.tree.map(lambda leaf: random.normal(size=leaf.shape), weights)
-        ahead, behind = (value(jax.tree.map(lambda a, d: a + h * d, weights, direction)) for h in (1e-6, -1e-6))  # noqa: B023
-        slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
-        np.testing.assert_allclose(slope, (ahead - behind) / 2e-6, rtol=1e-6)
+        assert_slope(value, gradient, weights, random, rtol=1e-6)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import references
+from finite_differences import assert_slope
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,10 +107,7 @@ def test_gradient_against_finite_differences(kind, module):
         @given(seed=st.integers(0, 2**32 - 1))
         def check(seed):
             random = np.random.default_rng(seed)
-            direction = jax.tree.map(lambda leaf: random.normal(size=leaf.shape), params)
-            ahead, behind = (value_of(jax.tree.map(lambda a, d: a + h * d, params, direction)) for h in (1e-6, -1e-6))  # noqa: B023
-            slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
-            np.testing.assert_allclose(slope, (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-8)
+            assert_slope(value_of, gradient, params, random, rtol=1e-5, atol=1e-8)
 
         check()
 
