@@ -25,7 +25,6 @@ training of a WRN-32-10 at 87.1 / 47.0 (PGD-20).
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import jaxnets as jn
+from experiments import recorded
 from jaxnets import attacks, models
 
 THREAT = jn.Linf(8 / 255)
@@ -105,10 +105,7 @@ def finished(settings: Settings, name: str, make: Callable, data: jn.data.Datase
     recipe = f"{settings.training_rows}-{settings.epochs}-{settings.batch_size}-{settings.peak:g}"
     folder = settings.out / f"{data.name}-{settings.form}-{recipe}" / f"{name.split(',')[0].lower()}-{seed}"
     record = folder / f"result-{settings.rows}.json"
-    if not record.exists():
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(run(settings, make, data, seed, folder)))
-    return json.loads(record.read_text())
+    return recorded(record, partial(run, settings, make, data, seed, folder))
 
 
 def run(settings: Settings, make: Callable, data: jn.data.Dataset, seed: int, folder: Path) -> dict[str, float]:

@@ -12,7 +12,6 @@ Published (rows of 15, 12 and 40 epochs), clean and PGD-50 with 10 restarts: FGS
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import optax
 import tyro
 
 import jaxnets as jn
+from experiments import recorded
 from jaxnets import attacks, objectives
 from jaxnets.training import Step, make_free_step, make_step
 from jaxnets.types import Attack
@@ -138,10 +138,7 @@ def finished(
     size = f"{data.name}-{form.width}-{form.training_rows}-{form.epochs}-{settings.peak:g}"
     folder = settings.out / size / f"{name}-{seed}"
     record = folder / f"result-{form.rows}-{form.restarts}.json"
-    if not record.exists():
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(run(settings, form, name, method, suite, data, seed, folder)))
-    return json.loads(record.read_text())
+    return recorded(record, partial(run, settings, form, name, method, suite, data, seed, folder))
 
 
 def run(

@@ -18,7 +18,6 @@ Published, ImageNet, Inception v3, top-1/top-5 at epsilon 0, 2, 4, 8, 16 of 255:
     deeper, adversarial     78.1/94.1  75.4/92.6  75.7/92.7  75.6/92.5  74.4/91.6
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ import optax
 import tyro
 
 import jaxnets as jn
+from experiments import recorded
 from jaxnets import attacks, models, objectives
 
 EPSILONS = (0, 2, 4, 8, 16)
@@ -101,10 +101,7 @@ def finished(
     """The result of one network, run unless its record is there."""
     folder = settings.out / f"{data.name}-{settings.form}-{form.epochs}" / f"{name.replace(', ', '-')}-{seed}"
     record = folder / f"result-{form.rows}.json"
-    if not record.exists():
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(run(settings, form, make, objective, data, seed, folder)))
-    return json.loads(record.read_text())
+    return recorded(record, partial(run, settings, form, make, objective, data, seed, folder))
 
 
 def run(

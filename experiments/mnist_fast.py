@@ -40,7 +40,6 @@ noise.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +53,7 @@ import optax
 import tyro
 
 import jaxnets as jn
+from experiments import recorded
 from jaxnets.types import Params
 
 EPSILON = 0.3
@@ -129,10 +129,7 @@ def main(settings: Settings) -> list[dict[str, float]]:
         name = f"{settings.attack}-{settings.start}-{settings.init}-{settings.epochs}-{settings.peak:g}"
         folder = settings.out / name / str(seed)
         record = folder / f"result-{settings.rows}-{settings.restarts}.json"
-        if not record.exists():
-            record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(run(settings, data, seed, folder)))
-        results.append(json.loads(record.read_text()))
+        results.append(recorded(record, partial(run, settings, data, seed, folder)))
         print(f"seed {seed}: " + describe(results[-1]), flush=True)
     mean = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
     deviation = float(np.std([result["pgd"] for result in results]))

@@ -11,7 +11,6 @@ Published, 10,000 rows: clean 98.5, FGSM 96.4, PGD-40 93.2, PGD-100 92.5, PGD-10
 """
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ import optax
 import tyro
 
 import jaxnets as jn
+from experiments import recorded
 from jaxnets import attacks
 from jaxnets.training import Step, make_step, scheduled
 
@@ -68,10 +68,7 @@ def main(settings: Settings) -> list[dict[str, float]]:
     for seed in settings.seeds:
         folder = settings.out / f"{data.name}-{settings.form}-{form.epochs}" / str(seed)
         record = folder / f"result-{form.rows}-{form.restarts}.json"
-        if not record.exists():
-            record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(run(form, data, seed, folder)))
-        results.append(json.loads(record.read_text()))
+        results.append(recorded(record, partial(run, form, data, seed, folder)))
         said = ", ".join(f"{name} {value:.2%}" for name, value in results[-1].items() if name != "minutes")
         print(f"seed {seed}: {said}, {results[-1]['minutes']:.1f} min", flush=True)
     print(f"{len(results)} of MadryCNN")

@@ -11,7 +11,6 @@ and 88.8 under PGD-50x10, IBP 98.3 and 91.8 certified (Gowal et al. 2018, a larg
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import optax
 import tyro
 
 import jaxnets as jn
+from experiments import recorded
 from jaxnets import objectives
 from jaxnets.training import Step, TrainState, make_free_step, make_step, scheduled
 from jaxnets.types import LogitsFn, Objective
@@ -109,10 +109,7 @@ def main(settings: Settings) -> dict[str, dict[str, float]]:
     results = {}
     for name in settings.methods:
         record = settings.out / f"{name}-{settings.epochs}-{settings.seed}-{settings.rows}.json"
-        if not record.exists():
-            record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(run(settings, data, name)))
-        results[name] = found = json.loads(record.read_text())
+        results[name] = found = recorded(record, partial(run, settings, data, name))
         shares = "".join(f"{found[key]:{width}.1%}" for key, width in WIDTHS.items())
         print(f"{name:22}{shares}{found['seconds']:9.0f}", flush=True)
     print(f"{len(results)} methods, {sum(found['seconds'] for found in results.values()) / 60:.1f} minutes of training")
