@@ -25,7 +25,6 @@ class Parts(NamedTuple):
     Attributes:
       command: whose learning rate, epsilon and beta may be traced.
       net, threat, loss: by their names.
-      beta: of the command.
       ramp: from 0 at the first step to 1 in the middle of training, and 1 from there on.
     """
 
@@ -33,7 +32,6 @@ class Parts(NamedTuple):
     net: Classifier
     threat: Threat
     loss: Loss
-    beta: Any
     ramp: Array
 
 
@@ -68,12 +66,14 @@ OBJECTIVES: dict[str, Callable[[Parts], Objective]] = {
     "standard": lambda p: objectives.standard(p.net, loss=p.loss),
     "fast": _fast,
     "n_fgsm": lambda p: objectives.n_fgsm(p.net, p.threat, loss=p.loss),
-    "grad_align": lambda p: objectives.grad_align(_fast(p), p.net, p.threat, weight=p.beta, loss=p.loss),
+    "grad_align": lambda p: objectives.grad_align(_fast(p), p.net, p.threat, weight=p.command.beta, loss=p.loss),
     "free": lambda p: objectives.standard(p.net, loss=p.loss),
-    "trades": lambda p: objectives.trades(p.net, _attack(p), beta=p.beta, loss=p.loss),
-    "mart": lambda p: objectives.mart(p.net, _attack(p), beta=p.beta),
+    "trades": lambda p: objectives.trades(p.net, _attack(p), beta=p.command.beta, loss=p.loss),
+    "mart": lambda p: objectives.mart(p.net, _attack(p), beta=p.command.beta),
     "kurakin": lambda p: objectives.kurakin(p.net, attacks.least_likely_class, threat=p.threat, loss=p.loss),
-    "virtual_adversarial": lambda p: objectives.virtual_adversarial(p.net, p.threat, weight=p.beta, loss=p.loss),
+    "virtual_adversarial": lambda p: objectives.virtual_adversarial(
+        p.net, p.threat, weight=p.command.beta, loss=p.loss
+    ),
     "ibp": lambda p: objectives.ibp(p.net, _ramped(p), kappa=1 - p.ramp / 2),
     "crown_ibp": lambda p: objectives.crown_ibp(p.net, _ramped(p), kappa=1 - p.ramp / 2, beta=1 - p.ramp),
 }
@@ -103,7 +103,7 @@ def step_of(command: Settled, net: Classifier, *, classes: int, side: int, steps
 
     def at(t: Array) -> Step:
         ramp = jnp.minimum(2 * t / steps, 1.0)
-        objective = OBJECTIVES[command.objective](Parts(command, net, threat, loss, command.beta, ramp))
+        objective = OBJECTIVES[command.objective](Parts(command, net, threat, loss, ramp))
         if command.awp is not None:
             objective = objectives.awp(objective, gamma=command.awp)
         if changes:
