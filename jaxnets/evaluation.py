@@ -57,6 +57,10 @@ class Report(NamedTuple):
         """The survivors by name, and row by row those of all together."""
         return {**self.survived, "worst case": np.logical_and.reduce(list(self.survived.values()))}
 
+    def with_bounds(self) -> dict[str, np.ndarray]:
+        """`with_worst_case`, and below it by certificate the rows that it holds."""
+        return {**self.with_worst_case(), **{f"certified: {name}": rows for name, rows in self.certified.items()}}
+
     def bounds(self) -> tuple[float, float]:
         """Between which robust accuracy on these rows lies: those that a certificate holds, the worst case."""
         held = np.logical_or.reduce([np.zeros_like(self.survived["clean"]), *self.certified.values()])
@@ -86,9 +90,7 @@ class Report(NamedTuple):
         return f"{mean:11.4g}{median:9.4g}{counts}{1000 * self.seconds[name]:10.2f}"
 
     def __str__(self) -> str:
-        certified = {f"certified: {name}": rows for name, rows in self.certified.items()}
-        lines = {**self.with_worst_case(), **certified}
-        return table({name: [(int(rows.sum()), len(rows))] for name, rows in lines.items()})
+        return table({name: [(int(rows.sum()), len(rows))] for name, rows in self.with_bounds().items()})
 
 
 def evaluate(

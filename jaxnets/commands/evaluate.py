@@ -148,8 +148,7 @@ def as_json(report: Report) -> dict[str, Any]:
             said |= {"mean_queries": float(queries.mean()), "median_queries": float(np.median(queries))}
         return said
 
-    certified = {f"certified: {name}": rows for name, rows in report.certified.items()}
-    return {name: entry(name, rows) for name, rows in {**report.with_worst_case(), **certified}.items()}
+    return {name: entry(name, rows) for name, rows in report.with_bounds().items()}
 
 
 def _finite(value: float) -> float | None:
