@@ -29,6 +29,7 @@ ObjectiveName = Literal[
 ThreatName = Literal["linf", "l2", "l1"]
 AttackName = Literal["pgd", "fgsm"]
 SuiteName = Literal["pgd", "autoattack", "autoattack_plus", "autoattack_rand"]
+CertificateName = Literal["intervals", "crown"]
 StartName = Literal["uniform", "uniform_unclipped", "gaussian", "at_clean"]
 OptimizerName = Literal["adamw", "sgd", "lion"]
 ScheduleName = Literal["triangular", "cosine", "constant"]
@@ -129,6 +130,8 @@ class Evaluate:
     """Of the attacks."""
     eight_bit: bool = False
     """Round adversarial examples to multiples of 1/255, as image files hold them."""
+    certify: CertificateName | None = None
+    """Say too which rows no attack can break, in linf: by intervals, or by CROWN where it is tighter, which is slow."""
     last: bool = False
     """Attack the last weights of a run also where its best on held-out rows were kept."""
     save: bool = False

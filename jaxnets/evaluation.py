@@ -144,6 +144,11 @@ def evaluate(
     on_rows = partial(attack_rows, logits_fn=as_pytree(logits_fn), batch_size=batch_size, mesh=mesh)
     clean = on_rows(None, keys, x=x, target=y, on_rows=partial(on_batch, "clean")).correct
     report = Report({"clean": clean}, {}, {}, {}, {}, {})
+    for name, certificate in certificates.items():
+        told = partial(on_batch, f"certified: {name}")
+        report.certified[name] = certify_rows(
+            certificate, logits_fn, x, y, batch_size=batch_size, mesh=mesh, on_rows=told
+        )
     right = np.flatnonzero(clean)
     for name, attack in attacks.items():
         began = time.monotonic()
@@ -157,10 +162,7 @@ def evaluate(
         verify(name, done.x, x[right], threat)
         _add(report, name, done, right, x, threat, (time.monotonic() - began) / max(1, len(right)))
         on_batch(name, len(x) - len(right))
-    for name, certificate in certificates.items():
-        told = partial(on_batch, f"certified: {name}")
-        held = certify_rows(certificate, logits_fn, x, y, batch_size=batch_size, mesh=mesh, on_rows=told)
-        report.certified[name] = held
+    for name, held in report.certified.items():
         _check_crossing(name, held, report.survived, threat)
     return report
 

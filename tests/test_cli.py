@@ -38,6 +38,7 @@ def refusal(capsys, *arguments):
     (cli.ThreatName, run.THREATS),
     (cli.AttackName, objectives.ATTACKS),
     (cli.SuiteName, evaluate.SUITES),
+    (cli.CertificateName, evaluate.MARGINS),
     (cli.StartName, objectives.STARTS),
     (cli.AugmentName, objectives.AUGMENTATIONS),
     (cli.OptimizerName, run.OPTIMIZERS),
@@ -159,6 +160,23 @@ def test_evaluate_makes_one_table_and_one_picture(trained, tmp_path, capsys):
     assert set(found) == {str(trained), str(other)}
     assert found[str(other)]["clean"]["rows"] == 30
     assert imread(out / "evaluation.png").std() > 0.02
+
+
+def test_evaluate_puts_certificates_below_attacks(trained, tmp_path, capsys):
+    options = ["--steps", "3", "--restarts", "1", "--examples", "30", "--epsilon", "0.004", "--out", str(tmp_path)]
+    shares = {}
+    for name in ("intervals", "crown"):
+        cli.main(["evaluate", str(trained), *options, "--certify", name])
+        assert f"certified: {name}" in capsys.readouterr().out
+        found = json.loads((tmp_path / "evaluation.json").read_text())[str(trained)]
+        shares[name] = found[f"certified: {name}"]["accuracy"]
+        assert 0 < shares[name] <= found["worst case"]["accuracy"]
+    assert shares["intervals"] < shares["crown"]
+
+
+def test_what_cannot_be_certified_is_refused(trained, capsys):
+    l2 = ["--threat", "l2", "--epsilon", "0.1", "--certify", "crown"]
+    assert "certify L2 by smoothing" in refusal(capsys, "evaluate", str(trained), *l2)
 
 
 # Objectives.

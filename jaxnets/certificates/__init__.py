@@ -3,9 +3,9 @@
 from jaxnets.certificates import smoothing
 from jaxnets.certificates.crown import crown_margins, tightest_margins
 from jaxnets.certificates.intervals import interval_bounds, interval_margins
-from jaxnets.certificates.rows import Certificate, box, certified
+from jaxnets.certificates.rows import Certificate, Margins, box, certified
 
 __all__ = [
-    "Certificate", "box", "certified", "crown_margins", "interval_bounds", "interval_margins", "smoothing",
+    "Certificate", "Margins", "box", "certified", "crown_margins", "interval_bounds", "interval_margins", "smoothing",
     "tightest_margins",
 ]  # fmt: skip

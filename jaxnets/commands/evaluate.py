@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxnets import attacks, losses, plots
+from jaxnets import attacks, certificates, losses, plots
 from jaxnets.cli import Evaluate
 from jaxnets.commands.run import Run, load, versions, write_json
 from jaxnets.commands.settings import check_at_least
@@ -52,6 +52,12 @@ SUITES: dict[str, Callable[[Evaluate, Threat, int], dict[str, Attack]]] = {
 }
 
 
+MARGINS: dict[str, certificates.Margins] = {
+    "intervals": certificates.interval_margins,
+    "crown": certificates.tightest_margins,
+}
+
+
 def evaluate(command: Evaluate) -> None:
     """Attacks every run and writes one table and one picture."""
     if not command.runs:
@@ -81,7 +87,7 @@ def evaluate(command: Evaluate) -> None:
         }
         if command.save:
             _save(command, folder, run, report)
-    columns = [report.with_worst_case() for report in reports.values()]
+    columns = [report.with_bounds() for report in reports.values()]
     rows = {name: [(int(column[name].sum()), len(column[name])) for column in columns] for name in columns[0]}
     print(table(rows, list(reports)))
     out = command.out or command.runs[0]
@@ -96,14 +102,23 @@ def _attack(command: Evaluate, run: Run, model: Any) -> Report:
     key = jax.random.key(command.seed)
     for warning in attacks.check_model(key, model, run.x[:100], run.y[:100]):
         print(f"jaxnets: {warning}", file=sys.stderr)
+    bounds = _certificates(command, run.threat)
     with _Bars(len(run.x)) as bars:
-        report = evaluate_attacks(key, model, run.x, run.y, suite, threat=run.threat, on_batch=bars)
+        report = evaluate_attacks(
+            key, model, run.x, run.y, suite, threat=run.threat, certificates=bounds, on_batch=bars
+        )
     for name in suite:
         start = f"{name}: "
         stages = {one.removeprefix(start): rows for one, rows in report.survived.items() if one.startswith(start)}
         for warning in attacks.black_box_wins(stages):
             print(f"jaxnets: {warning}", file=sys.stderr)
     return report
+
+
+def _certificates(command: Evaluate, threat: Threat) -> dict[str, certificates.Certificate]:
+    if command.certify is None:
+        return {}
+    return {command.certify: partial(certificates.certified, threat=threat, margins=MARGINS[command.certify])}
 
 
 class _Bars:

@@ -102,7 +102,7 @@ def _draw(folder: Path, command: Settled, run: Run, model: Any, report: Report) 
 
 def accuracies(report: Report) -> dict[str, float]:
     """By attack, the worst case and certificates last."""
-    return {name: said["accuracy"] for name, said in as_json(report).items()}
+    return {name: float(rows.mean()) for name, rows in report.with_bounds().items()}
 
 
 Accuracies = dict[str, dict[str, float] | None]
