@@ -1,8 +1,8 @@
-"""The two networks that attacks are compared on, trained once here, and the same weights in PyTorch.
+"""The networks that are attacked and trained, in JAX and with the same weights in PyTorch.
 
-``python -m benchmarks.networks`` trains both into ``runs/benchmarks`` (minutes on two cores): `SmallCNN` on MNIST by
-PGD-7 at epsilon 0.3 (an epoch each at 0.1 and 0.2 first), and a ResNet-18 of width 8 on CIFAR-10 by FGSM with a random
-start at 8/255.
+``python -m benchmarks.networks`` trains two of them into ``runs/benchmarks`` (minutes on two cores): `SmallCNN` on
+MNIST by PGD-7 at epsilon 0.3 (an epoch each at 0.1 and 0.2 first), and a ResNet-18 of width 8 on CIFAR-10 by FGSM with
+a random start at 8/255. The others have random weights, for what takes the same time with any.
 """
 
 from collections.abc import Callable
@@ -15,51 +15,90 @@ import numpy as np
 import optax
 
 import jaxnets as jn
-from jaxnets.types import LogitsFn
+from jaxnets.types import LogitsFn, Params, Stats
 
 FOLDER = Path("runs/benchmarks")
 
 
-class Network(NamedTuple):
-    """How a network is built and trained. ``to_torch(params, stats)`` gives its twin, which takes ``[B, C, H, W]``."""
+class Training(NamedTuple):
+    """How a network is trained."""
 
     data: str
-    module: Any
     attack: Any
     epochs: int
     batch_size: int
     optimizer: Callable[[int], optax.GradientTransformation]
-    to_torch: Callable[[Any, Any], Any]
     warm_up: tuple[Any, ...] = ()
     """Attacks of an epoch each, to begin with."""
 
 
-def load(name: str, data_dir: Path | None = None) -> tuple[LogitsFn, Any, np.ndarray, np.ndarray]:
-    """The trained network for JAX, a function that makes its twin in PyTorch, and its test rows and classes."""
+class Network(NamedTuple):
+    """How a network is built. ``to_torch(params, stats)`` gives its twin, which takes ``[B, C, H, W]``."""
+
+    module: Any
+    to_torch: Callable[[Any, Any], Any]
+    image: tuple[int, int, int]
+    training: Training | None = None
+
+
+class Loaded(NamedTuple):
+    """A network with weights, and rows: test rows of what it was trained on, else noise of the classes it gives it.
+
+    Attributes:
+      net, params, stats: in JAX.
+      twin: makes the same in PyTorch.
+      x: ``[N, H, W, C]``.
+      y: ``[N]``.
+    """
+
+    net: jn.Classifier
+    params: Params
+    stats: Stats
+    twin: Callable[[], Any]
+    x: np.ndarray
+    y: np.ndarray
+
+    @property
+    def model(self) -> LogitsFn:
+        return self.net.logits_fn(self.params, self.stats)
+
+
+def load(name: str, *, data_dir: Path | None = None, rows: int = 1000) -> Loaded:
+    """The network, trained first if it is one of those that are and was not, and so many rows."""
     network = NETWORKS[name]
-    data = jn.data.load(network.data, data_dir)
-    x, y = jn.data.to_float(data.test.images), data.test.labels
     net = jn.from_linen(network.module)
+    if network.training is None:
+        x = np.random.default_rng(0).uniform(size=(rows, *network.image)).astype(np.float32)
+        params, stats = net.init(jax.random.key(0), x[:1])
+        y = np.argmax(net.logits_fn(params, stats)(x), axis=-1)
+    else:
+        data = jn.data.load(network.training.data, data_dir)
+        params, stats = _trained(name, net, network.training, data)
+        x, y = jn.data.to_float(data.test.images[:rows]), data.test.labels[:rows]
+    return Loaded(net, params, stats, twin_of(network, params, stats), x, np.asarray(y, np.int32))
+
+
+def twin_of(network: Network, params: Params, stats: Stats) -> Callable[[], Any]:
+    """Makes the network in PyTorch, with these weights."""
+    return partial(network.to_torch, *jax.tree.map(np.asarray, (params, stats)))
+
+
+def _trained(name: str, net: jn.Classifier, how: Training, data: jn.data.Dataset) -> tuple[Params, Stats]:
     init_key, train_key, _ = jax.random.split(jax.random.key(0), 3)
-    params, stats = net.init(init_key, x[:1])
+    params, stats = net.init(init_key, jn.data.to_float(data.test.images[:1]))
 
     def fit(attack, optimizer, params, stats, *, place, epochs):
         state = jn.training.init_state(train_key, params, stats, optimizer)
-        settings = {"folder": FOLDER / place, "epochs": epochs, "batch_size": network.batch_size}
+        settings = {"folder": FOLDER / place, "epochs": epochs, "batch_size": how.batch_size}
         step = jn.training.make_step(jn.objectives.adversarial(net, attack), optimizer)
         return jn.fit.fit(step, state, data.train, **settings)
 
-    for number, attack in enumerate(network.warm_up):
+    for number, attack in enumerate(how.warm_up):
         state = fit(attack, optax.adam(1e-3), params, stats, place=f"{name}/warm-up-{number}", epochs=1)
         params, stats = state.params, state.stats
-    total = network.epochs * jn.data.steps_per_epoch(len(data.train.labels), network.batch_size)
-    state = fit(network.attack, network.optimizer(total), params, stats, place=name, epochs=network.epochs)
-    return (
-        net.logits_fn(state.params, state.stats),
-        partial(network.to_torch, *jax.tree.map(np.asarray, (state.params, state.stats))),
-        x,
-        y,
-    )
+    total = how.epochs * jn.data.steps_per_epoch(len(data.train.labels), how.batch_size)
+    state = fit(how.attack, how.optimizer(total), params, stats, place=name, epochs=how.epochs)
+    return state.params, state.stats
 
 
 def _small_cnn_to_torch(params: Any, stats: Any) -> Any:
@@ -72,11 +111,29 @@ def _small_cnn_to_torch(params: Any, stats: Any) -> Any:
     )  # fmt: skip
     _fill(net[0], first["kernel"].transpose(3, 2, 0, 1), first["bias"])
     _fill(net[2], second["kernel"].transpose(3, 2, 0, 1), second["bias"])
-    # Flax flattens height, width, channels; PyTorch channels, height, width.
-    flat = hidden["kernel"].reshape(7, 7, 32, 100).transpose(3, 2, 0, 1).reshape(100, 1568)
-    _fill(net[5], flat, hidden["bias"])
+    _fill(net[5], _flattened(hidden["kernel"], (7, 7, 32)), hidden["bias"])
     _fill(net[7], last["kernel"].T, last["bias"])
     return net.eval()
+
+
+def _madry_cnn_to_torch(params: Any, stats: Any) -> Any:
+    from torch import nn
+
+    net = nn.Sequential(
+        nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(3136, 1024), nn.ReLU(), nn.Linear(1024, 10),
+    )  # fmt: skip
+    for place, name in ((0, "Conv_0"), (3, "Conv_1")):
+        _fill(net[place], params[name]["kernel"].transpose(3, 2, 0, 1), params[name]["bias"])
+    _fill(net[7], _flattened(params["Dense_0"]["kernel"], (7, 7, 64)), params["Dense_0"]["bias"])
+    _fill(net[9], params["Dense_1"]["kernel"].T, params["Dense_1"]["bias"])
+    return net.eval()
+
+
+def _flattened(kernel: np.ndarray, sizes: tuple[int, int, int]) -> np.ndarray:
+    """Flax flattens height, width, channels; PyTorch channels, height, width."""
+    return kernel.reshape(*sizes, -1).transpose(3, 2, 0, 1).reshape(kernel.shape[1], -1)
 
 
 def _resnet18_to_torch(params: Any, stats: Any) -> Any:
@@ -140,33 +197,47 @@ def _pgd_7(epsilon: float) -> Any:
     return partial(jn.attacks.pgd, threat=jn.Linf(epsilon), steps=7, step_size=epsilon / 3, start=jn.attacks.uniform)
 
 
+def _resnet18(width: int, training: Training | None = None) -> Network:
+    module = jn.models.resnet18(10, width=width, stem=jn.models.cifar_stem)
+    return Network(module, _resnet18_to_torch, (32, 32, 3), training)
+
+
 NETWORKS = {
     "small_cnn": Network(
-        "mnist",
         jn.models.SmallCNN(),
-        _pgd_7(0.3),
-        10,
-        100,
-        lambda total: optax.adam(jn.optimizers.triangular(2e-3, total)),
         _small_cnn_to_torch,
-        (_pgd_7(0.1), _pgd_7(0.2)),
-    ),
-    "resnet18": Network(
-        "cifar10",
-        jn.models.resnet18(10, width=8, stem=jn.models.cifar_stem),
-        partial(jn.attacks.fgsm, threat=jn.Linf(8 / 255), step_size=10 / 255, start=jn.attacks.uniform),
-        10,
-        128,
-        lambda total: optax.chain(
-            optax.add_decayed_weights(5e-4), optax.sgd(jn.optimizers.triangular(0.1, total), momentum=0.9)
+        (28, 28, 1),
+        Training(
+            "mnist",
+            _pgd_7(0.3),
+            10,
+            100,
+            lambda total: optax.adam(jn.optimizers.triangular(2e-3, total)),
+            (_pgd_7(0.1), _pgd_7(0.2)),
         ),
-        _resnet18_to_torch,
     ),
+    "madry_cnn": Network(jn.models.MadryCNN(), _madry_cnn_to_torch, (28, 28, 1)),
+    "resnet18_8": _resnet18(
+        8,
+        Training(
+            "cifar10",
+            partial(jn.attacks.fgsm, threat=jn.Linf(8 / 255), step_size=10 / 255, start=jn.attacks.uniform),
+            10,
+            128,
+            lambda total: optax.chain(
+                optax.add_decayed_weights(5e-4), optax.sgd(jn.optimizers.triangular(0.1, total), momentum=0.9)
+            ),
+        ),
+    ),
+    "resnet18_16": _resnet18(16),
+    "resnet18_64": _resnet18(64),
 }
 
 
 if __name__ == "__main__":
-    for name in NETWORKS:
-        logits_fn, twin, x, y = load(name)
-        right = np.argmax(logits_fn(x[:1000]), axis=-1) == y[:1000]
-        print(f"{name}: {right.mean():.1%} of 1,000 test rows right")
+    for name, network in NETWORKS.items():
+        if network.training:
+            found = load(name)
+            print(
+                f"{name}: {np.mean(np.argmax(found.model(found.x), axis=-1) == found.y):.1%} of 1,000 test rows right"
+            )

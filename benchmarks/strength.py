@@ -1,7 +1,7 @@
 """Foolbox as an oracle: at the same steps, do our attacks leave no more survivors and no larger perturbations?
 
-Command: ``python -m benchmarks.beside_foolbox`` after ``python -m benchmarks.networks``, with the extra ``peers``.
-Foolbox attacks the same JAX function, through its ``JAXModel``.
+Command: ``python -m benchmarks.strength`` after ``python -m benchmarks.networks``, with the extra ``peers``. Foolbox
+attacks the same JAX function, through its ``JAXModel``.
 
 Found with jax 0.10.2 and Foolbox 3.3.4 on the SmallCNN of `benchmarks.networks` (trained against Linf 0.3), 198 rows of
 MNIST, 100 steps, on two cores of an AMD EPYC; keys 0 to 7 for PGD, 0 for the others::
@@ -19,6 +19,16 @@ MNIST, 100 steps, on two cores of an AMD EPYC; keys 0 to 7 for PGD, 0 for the ot
     carlini_wagner               0.0%    0.0%                   2.958    3.139
 
 Between two starts of PGD lies about a point; from one and the same start it leaves as many rows as Foolbox's.
+
+AutoAttack beside that of its authors, rows of 1,000 that survive, key 0 and the time for a seed: ``python -m benchmarks
+--works "small_cnn autoattack l2 1000" --sides jaxnets official --rounds 0`` and so on, with
+github.com/fra31/auto-attack installed::
+
+                    small_cnn (0.3, 2, 10)     resnet18_8 (8/255, 0.5, 12)
+                    jaxnets   official         jaxnets   official
+    linf              89.3%      89.4%           30.9%      31.0%
+    l2                22.1%      23.5%           45.0%      45.0%
+    l1                14.9%      15.2%           11.1%      11.3%
 """
 
 import warnings
@@ -101,9 +111,10 @@ def main(settings: Settings) -> dict[str, dict[str, tuple[float, float]]]:
     import foolbox
 
     warnings.simplefilter("ignore")
-    model, _, x, y = networks.load("small_cnn", settings.data_dir)
-    right = np.flatnonzero(np.argmax(model(x[: settings.rows]), axis=-1) == y[: settings.rows])
-    x, y = jax.numpy.asarray(x[right]), jax.numpy.asarray(y[right], np.int32)
+    loaded = networks.load("small_cnn", data_dir=settings.data_dir, rows=settings.rows)
+    model = loaded.model
+    right = np.flatnonzero(np.argmax(model(loaded.x), axis=-1) == loaded.y)
+    x, y = jax.numpy.asarray(loaded.x[right]), jax.numpy.asarray(loaded.y[right])
     judged = foolbox.JAXModel(jax.jit(model), bounds=(0, 1))
     print(
         f"{len(right)} rows of MNIST, {settings.steps} steps{'':3}survivors: ours, Foolbox   median norm: ours, Foolbox"

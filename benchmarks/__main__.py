@@ -1,0 +1,64 @@
+"""``python -m benchmarks``: times jaxnets and its peers, and writes what it found."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from benchmarks import limit, report, speed
+from benchmarks.sides import SIDES
+from benchmarks.work import ON_CPU, parse
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Time jaxnets and its peers on the same work, in turns; write RESULTS.md and its pictures.
+
+    Peers that are not installed are left out: pip install ".[peers]".
+    """
+
+    works: tuple[str, ...] = tuple(map(str, ON_CPU))
+    """What is timed, such as "small_cnn autoattack l2 1000": network, method and steps, norm, rows."""
+    sides: tuple[str, ...] = SIDES
+    """Who is timed."""
+    rounds: int = 5
+    """Calls after the first, which compiles."""
+    data_dir: Path | None = None
+    """Where MNIST is; unless given $JAXNETS_DATA, else the folder of tensorflow-datasets."""
+    out: Path = Path("benchmarks")
+    """Where RESULTS.md and the pictures are written."""
+
+
+def main(settings: Settings) -> None:
+    """A line a work and side as they are done, and the page at the end."""
+    unknown = sorted(set(settings.sides) - set(SIDES))
+    if unknown or "jaxnets" not in settings.sides:
+        raise SystemExit(
+            f"benchmarks: --sides takes jaxnets and of its peers {', '.join(SIDES[1:])}; got {settings.sides}"
+        )
+    try:
+        works = [parse(work) for work in settings.works]
+    except ValueError as error:
+        raise SystemExit(f"benchmarks: {error}") from None
+    rates = limit.measured()
+    rows = speed.measure(works, settings.sides, rates, rounds=settings.rounds, data_dir=settings.data_dir, on_row=_tell)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    report.speed_picture(settings.out / "speed.png", rows)
+    heading = report.heading(rates, settings.rounds)
+    (settings.out / "RESULTS.md").write_text(
+        f"# Results\n\n{heading}\n\n{report.speed_table(rows)}\n\n![](speed.png)\n"
+    )
+    print(f"written: {settings.out}/RESULTS.md, speed.png")
+
+
+def _tell(row: speed.Row) -> None:
+    print(f"{row.work}   limit {row.limit or float('nan'):.3f} s")
+    for side, timing in row.sides.items():
+        times = (
+            f"{row.ratio(side):6.2f}x {timing.median:9.3f} s, first {timing.first:.3f} s, left {timing.survivors:.1%}"
+        )
+        print(f"    {side:18}{timing.missing or times}", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,90 @@
+"""The least time that work could take: its operations over the machine's rate, its bytes over the bandwidth."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jaxnets as jn
+from benchmarks.networks import Loaded
+from benchmarks.work import Work
+from jaxnets.types import Batch
+
+
+class Rates(NamedTuple):
+    """What the machine does at best: floating-point operations and bytes a second."""
+
+    flops: float
+    bytes: float
+
+
+class Cost(NamedTuple):
+    """Floating-point operations, and bytes read and written."""
+
+    flops: float
+    bytes: float
+
+    def times(self, count: int) -> "Cost":
+        return Cost(count * self.flops, count * self.bytes)
+
+    def plus(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def seconds(self, rates: Rates) -> float:
+        """The larger of the two times: what computes may also read."""
+        return max(self.flops / rates.flops, self.bytes / rates.bytes)
+
+
+def cost(function: Callable[..., Any], *arguments: Any) -> Cost:
+    """Of one call by XLA's cost analysis: operations as they are written, bytes as they are compiled.
+
+    Loops are counted as one round of their body: give this a function without.
+
+    >>> square = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    >>> cost(jnp.dot, square, square).flops == 2 * 64**3
+    True
+    """
+    lowered = jax.jit(function).lower(*arguments)
+    written, compiled = lowered.cost_analysis(), lowered.compile().cost_analysis()
+    return Cost(written["flops"], compiled["bytes accessed"])  # pyright: ignore
+
+
+def of_work(work: Work, loaded: Loaded) -> Cost | None:
+    """The gradients and forward passes of the work, and nothing besides; None where their number is not fixed."""
+    x, y, model = jnp.asarray(loaded.x), jnp.asarray(loaded.y), loaded.model
+    by_input = cost(jax.grad(lambda x: jnp.sum(jn.losses.cross_entropy(model(x), y))), x)
+    if work.method == "train-trades":
+        trades = jn.objectives.trades(loaded.net, lambda key, model, x, y: x)
+        return by_input.times(work.steps).plus(_of_objective(trades, loaded))
+    if work.trains:
+        steps = work.steps or 1
+        return by_input.times(steps).plus(_of_objective(jn.objectives.standard(loaded.net), loaded))
+    if work.method == "square":
+        return cost(model, x).times(work.steps)
+    return by_input.times(work.steps) if work.steps else None
+
+
+def _of_objective(objective: Any, loaded: Loaded) -> Cost:
+    batch = Batch(jnp.asarray(loaded.x), jnp.asarray(loaded.y))
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    return cost(gradient, loaded.params, loaded.stats, batch, jax.random.key(0))
+
+
+def measured(side: int = 2048, dtype: Any = jnp.float32, rounds: int = 10) -> Rates:
+    """The best of some products of square matrices, and of some sums of long arrays."""
+    matrix, long = jnp.ones((side, side), dtype), jnp.ones(1 << 26, jnp.float32)
+    product = _best(jax.jit(jnp.dot), matrix, matrix, rounds=rounds)
+    total = _best(jax.jit(jnp.add), long, long, rounds=rounds)
+    return Rates(2 * side**3 / product, 3 * long.nbytes / total)
+
+
+def _best(function: Callable[..., Any], *arguments: Any, rounds: int) -> float:
+    def once() -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        return time.perf_counter() - began
+
+    once()
+    return min(once() for _ in range(rounds))

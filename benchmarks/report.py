@@ -1,0 +1,101 @@
+"""What was measured as a page: tables, pictures, hardware and versions."""
+
+import importlib.metadata
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import matplotlib
+from matplotlib.figure import Figure
+
+from benchmarks.limit import Rates
+from benchmarks.speed import Row
+
+PACKAGES = ("jax", "flax", "torch", "foolbox", "torchattacks", "adversarial-robustness-toolbox", "cleverhans")
+
+
+def machine() -> str:
+    """The processors, or the accelerators, that jax computes on."""
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    with open("/proc/cpuinfo") as lines:
+        models = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
+    return f"{os.cpu_count()} cores of {', '.join(sorted(models)) or platform.processor()}"
+
+
+def versions() -> str:
+    found = [f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{package} not installed")
+    return ", ".join(found)
+
+
+def speed_table(rows: Sequence[Row]) -> str:
+    """A line a work: the limit, and by side the median, how many times ours it is, and the spread."""
+    sides = list(rows[0].sides)
+    heads = ["work", "rows", "limit", "jaxnets, first call", *sides]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row in rows:
+        work = f"{row.work.network} {row.work.method}{f'-{row.work.steps}' if row.work.steps else ''} {row.work.norm}"
+        least = "-" if row.limit is None else f"{_seconds(row.limit)} ({row.sides['jaxnets'].median / row.limit:.1f})"
+        first = _seconds(row.sides["jaxnets"].first)
+        lines.append(_line([work, str(row.work.rows), least, first, *(_cell(row, side) for side in sides)]))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(row: Row, side: str) -> str:
+    timing = row.sides[side]
+    if timing.missing:
+        return timing.missing
+    spread = f"{_seconds(timing.least)}-{_seconds(timing.most)}"
+    survivors = "" if math.isnan(timing.survivors) else f", {timing.survivors:.1%} left"
+    times = "" if side == "jaxnets" else f"**{row.ratio(side):.2f}x** "
+    return f"{times}{_seconds(timing.median)} ({spread}){survivors}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def speed_picture(path: Path, rows: Sequence[Row]) -> None:
+    """How many times as long as jaxnets each side takes, a group of bars a work; the limit as a mark."""
+    sides = [side for side in rows[0].sides if any(not row.sides[side].missing for row in rows)]
+    height = 0.8 / len(sides)
+    figure = Figure(figsize=(9, 1 + 0.16 * len(rows) * (1 + len(sides))), layout="constrained")
+    axes = figure.subplots()
+    colours = matplotlib.color_sequences["tab10"]
+    for number, side in enumerate(sides):
+        there = [(place, row.ratio(side)) for place, row in enumerate(rows) if not row.sides[side].missing]
+        places, ratios = zip(*there, strict=True)
+        axes.barh([place + number * height for place in places], ratios, height, label=side, color=colours[number])
+    bounds = [(place, row.limit / row.sides["jaxnets"].median) for place, row in enumerate(rows) if row.limit]
+    for place, ratio in bounds:
+        axes.plot([ratio, ratio], [place - height / 2, place + 0.8], "k", lw=1.5)
+    axes.plot([], [], "k", lw=1.5, label="limit of the machine")
+    axes.axvline(1, color="0.5", lw=0.8)
+    axes.set_yticks([place + 0.4 for place in range(len(rows))], [str(row.work) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds of a call over those of jaxnets, medians")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120)
+
+
+def heading(rates: Rates, rounds: int) -> str:
+    return (
+        f"{machine()}. {versions()}.\n\n"
+        f"Products of matrices run at {rates.flops / 1e9:.0f} GFLOP/s, sums of arrays at {rates.bytes / 1e9:.0f} GB/s: "
+        "the limit of a work is the time that its gradients take at these rates, in brackets how many times that we "
+        f"take. Seconds are medians of {rounds} calls after the first, all sides in turns, each in a process of its "
+        "own; in brackets the least and the most."
+    )

@@ -1,0 +1,22 @@
+"""AutoAttack of its authors, github.com/fra31/auto-attack."""
+
+from collections.abc import Callable
+from typing import Any
+
+from autoattack import AutoAttack
+
+from benchmarks.networks import Loaded
+from benchmarks.sides import NotOfferedError, from_torch, to_torch
+from benchmarks.work import Work
+
+NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+
+
+def make(work: Work, loaded: Loaded) -> Callable[[], Any]:
+    if work.method != "autoattack":
+        raise NotOfferedError(work.method)
+    x, y = to_torch(loaded.x, loaded.y)
+    norm = NORMS[work.norm]
+    attack = AutoAttack(loaded.twin(), norm=norm, eps=work.epsilon, version="standard", device="cpu", verbose=False)
+    # It reshapes gradients by views, which those of channels-last images refuse.
+    return lambda: from_torch(attack.run_standard_evaluation(x.contiguous(), y, bs=500))

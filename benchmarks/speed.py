@@ -1,0 +1,78 @@
+"""All sides on the same work, in turns: medians with their spread, beside the least time that the work could take."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks import limit, networks
+from benchmarks.process import Answer, Side
+from benchmarks.work import Work
+
+
+class Timing(NamedTuple):
+    """Of one side on one work.
+
+    Attributes:
+      first: seconds of the first call, which compiles.
+      median, least, most: seconds of the later ones.
+      survivors: the share of rows right after the first call's attack; NaN for training.
+      missing: why there are none of these; empty otherwise.
+    """
+
+    first: float
+    median: float
+    least: float
+    most: float
+    survivors: float
+    missing: str
+
+
+class Row(NamedTuple):
+    """All sides on one work; ``limit`` in seconds, None where the arithmetic of the work is not fixed."""
+
+    work: Work
+    limit: float | None
+    sides: dict[str, Timing]
+
+    def ratio(self, side: str) -> float:
+        """How many times as long as jaxnets a side takes, first calls apart."""
+        return self.sides[side].median / self.sides["jaxnets"].median
+
+
+def measure(
+    works: Sequence[Work],
+    sides: Sequence[str],
+    rates: limit.Rates,
+    *,
+    rounds: int,
+    data_dir: Path | None = None,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Each work by each side: one call that compiles, then ``rounds`` in turns."""
+    least = [_limit(work, rates, data_dir) for work in works]
+    started = [Side(name, data_dir=data_dir) for name in sides]
+    rows = []
+    try:
+        for work, seconds in zip(works, least, strict=True):
+            answers = [[side.ask(work) for side in started] for _ in range(1 + rounds)]
+            by_side = {name: _timing(found) for name, found in zip(sides, zip(*answers, strict=True), strict=True)}
+            rows.append(Row(work, seconds, by_side))
+            on_row(rows[-1])
+    finally:
+        for side in started:
+            side.close()
+    return rows
+
+
+def _limit(work: Work, rates: limit.Rates, data_dir: Path | None) -> float | None:
+    cost = limit.of_work(work, networks.load(work.network, data_dir=data_dir, rows=work.rows))
+    return cost.seconds(rates) if cost else None
+
+
+def _timing(answers: Iterable[Answer]) -> Timing:
+    first, *later = answers
+    seconds = [answer.seconds for answer in later] or [np.nan]
+    missing = next((answer.missing for answer in (first, *later) if answer.missing), "")
+    return Timing(first.seconds, float(np.median(seconds)), min(seconds), max(seconds), first.survivors, missing)

@@ -1,0 +1,76 @@
+"""What is timed: attacks and steps of training, the same for every side."""
+
+import re
+from typing import NamedTuple
+
+EPSILONS = {
+    "small_cnn": {"linf": 0.3, "l2": 2.0, "l1": 10.0},
+    "madry_cnn": {"linf": 0.3, "l2": 2.0, "l1": 10.0},
+    "resnet18_8": {"linf": 8 / 255, "l2": 0.5, "l1": 12.0},
+    "resnet18_16": {"linf": 8 / 255, "l2": 0.5, "l1": 12.0},
+    "resnet18_64": {"linf": 8 / 255, "l2": 0.5, "l1": 12.0},
+}
+"""By network of `benchmarks.networks`, and norm."""
+
+
+class Work(NamedTuple):
+    """So many rows of one network, attacked or trained on once.
+
+    Attributes:
+      network: of `benchmarks.networks`.
+      method: ``pgd``, ``apgd``, ``cw`` (one constant), ``square``, ``autoattack``; or to train, a step of SGD each:
+        ``train-pgd``, ``train-trades``, ``train-fgsm`` (FGSM-RS).
+      steps: of the attack; queries of ``square``; 0 where the method knows them.
+      norm: ``linf``, ``l2`` or ``l1``.
+      rows: at once.
+    """
+
+    network: str
+    method: str
+    steps: int
+    norm: str
+    rows: int
+
+    def __str__(self) -> str:
+        steps = f"-{self.steps}" if self.steps else ""
+        return f"{self.network} {self.method}{steps} {self.norm} {self.rows}"
+
+    @property
+    def epsilon(self) -> float:
+        return EPSILONS[self.network][self.norm]
+
+    @property
+    def step_size(self) -> float:
+        """Of PGD: 2.5 epsilon over its steps; of FGSM-RS: 1.25 epsilon."""
+        return 1.25 * self.epsilon if self.method == "train-fgsm" else 2.5 * self.epsilon / self.steps
+
+    @property
+    def trains(self) -> bool:
+        return self.method.startswith("train-")
+
+
+def parse(said: str) -> Work:
+    """The work that ``str`` gives.
+
+    >>> parse("small_cnn pgd-40 linf 512")
+    Work(network='small_cnn', method='pgd', steps=40, norm='linf', rows=512)
+    """
+    found = re.fullmatch(r"(\S+) (\S+?)(?:-(\d+))? (linf|l2|l1) (\d+)", said)
+    if not found or found[1] not in EPSILONS:
+        raise ValueError(f"work is said as 'small_cnn pgd-40 linf 512', got {said!r}; networks: {', '.join(EPSILONS)}")
+    return Work(found[1], found[2], int(found[3] or 0), found[4], int(found[5]))
+
+
+def on(network: str, rows: int, *works: str) -> list[Work]:
+    return [parse(f"{network} {work} {rows}") for work in works]
+
+
+PGD = ("pgd-10 linf", "pgd-40 linf", "pgd-10 l2", "pgd-40 l2")
+TRAINING = ("train-pgd-7 linf", "train-trades-10 linf", "train-fgsm linf")
+ON_CPU = [
+    *on("small_cnn", 512, *PGD, "apgd-100 linf", "cw-100 l2", "square-1000 linf", "autoattack linf", *TRAINING),
+    *on("madry_cnn", 128, *PGD, "apgd-100 linf", "cw-100 l2", *TRAINING),
+    *on("resnet18_16", 64, *PGD, "apgd-100 linf", *TRAINING),
+    *on("resnet18_64", 16, "pgd-10 linf", "pgd-10 l2", *TRAINING),
+]
+"""Minutes a side on two cores. Attacks that stop where a row has fallen run on the one network that was trained."""
