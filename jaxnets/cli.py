@@ -195,6 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = _parse(arguments)
     _show_messages()
+    _keep_programs()
     name = type(command).__name__.lower()
     # Here, because help need not wait for jax, nor verify know attacks.
     from jaxnets.commands.run import EXPECTED
@@ -225,6 +226,13 @@ def _show_messages() -> None:
     """The library's own messages (preparing data, a damaged checkpoint) go to standard error."""
     logging.basicConfig(format="jaxnets: %(message)s")
     logging.getLogger("jaxnets").setLevel(logging.INFO)
+
+
+def _keep_programs() -> None:
+    """What jax has compiled is there when the command is given again, unless its own settings say otherwise."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxnets"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _one_line(box: str) -> str:

@@ -10,6 +10,9 @@ _QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 
+# The command keeps what it compiles in the user's home; the tests leave nothing there.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -374,6 +374,21 @@ def test_help_does_not_wait_for_jax():
     assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0
 
 
+def test_programs_are_kept_for_the_next_run(tmp_path):
+    environment = dict(os.environ) | {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        environment.pop(name, None)
+    code = "from jaxnets import cli; cli.main()"
+    command = [sys.executable, "-c", code, "train", *FAST, "--epochs", "1"]
+    kept = []
+    for number in (1, 2):
+        run = [*command, "--out", str(tmp_path / str(number))]
+        subprocess.run(run, check=True, env=environment, stdout=subprocess.DEVNULL)
+        kept.append(sorted(path.name for path in (tmp_path / "jaxnets").glob("jit_*-cache")))
+    assert kept[0] == kept[1]
+    assert kept[0]
+
+
 def test_autoattack_examples_are_saved_and_verified(trained, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--attack", "autoattack", "--epsilon", "0.02", "--examples", "16", "--save", "--eight-bit"]
