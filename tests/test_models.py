@@ -131,6 +131,40 @@ def test_gradients_in_loops_are_in_the_form_that_cpus_are_fast_in(argnum):
     assert not labels(compiled_loop(theirs("same"), argnum)) <= fast, "XLA no longer needs help"
 
 
+def pulled(name, x):
+    """What a convolution pulls back to inputs of this shape, by lax and by ours: functions of cotangent and kernel."""
+    settings_ = dict(CONVOLUTIONS[name])
+    if isinstance(settings_["padding"], str):
+        settings_["padding"] = lax.padtype_to_pads(
+            x.shape[1:3], (3, 2), settings_["window_strides"], settings_["padding"]
+        )
+    by_lax = lambda c, k: jax.vjp(lambda x: theirs(name)(x, k), x)[1](c)[0]  # noqa: E731
+    return by_lax, lambda c, k: layers.convolution.pulled_back(c, x.shape[1:], k, **settings_)
+
+
+@pytest.mark.parametrize("name", ["plain", "same", "stride", "uneven", "stride same"])
+def test_what_is_pulled_back_and_its_gradients(name, x64):
+    x, k, direction, _ = operands(name, np.float64)
+    cotangent = np.random.default_rng(2).normal(size=theirs(name)(x, k).shape)
+
+    def value_and_gradients(pull):
+        value, further = jax.vjp(pull, cotangent, k)
+        return value, further(direction)
+
+    expected, got = (jax.jit(partial(value_and_gradients, pull))() for pull in pulled(name, x))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), got, expected)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a fact of the CPU backend")
+@pytest.mark.parametrize("argnum", [0, 1], ids=["cotangent", "kernel"])
+def test_gradients_of_what_is_pulled_back_are_in_the_fast_form_too(argnum):
+    _, pull = pulled("plain", jnp.ones((4, 10, 10, 16)))
+    text = compiled_loop(pull, argnum)
+    assert {line.split("dim_labels=")[1].split(",")[0] for line in text.splitlines() if "dim_labels=" in line} == {
+        "b01f_01io->b01f"
+    }
+
+
 # Pooling.
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxnets.certificates.rules import AFFINE, BILINEAR, OTHERS, Interval, Operand
+from jaxnets.models.layers.convolution import conv_general_dilated, is_plain
 from jaxnets.types import Array, LogitsFn
 
 _CALLS = {
@@ -82,7 +83,7 @@ def _run(jaxpr: Any, constants: Any, arguments: list[Operand], steps: list[Step]
 
 def _apply(equation: Any, operands: list[Operand], steps: list[Step]) -> list[Operand]:
     primitive, name = equation.primitive, equation.primitive.name
-    bind = partial(primitive.bind, **primitive.get_bind_params(equation.params))
+    bind = _bind(equation, operands)
     if not any(isinstance(operand, Interval) for operand in operands):
         # What does not depend on the input is computed as it is, by its own derivatives.
         results = bind(*operands)
@@ -103,6 +104,18 @@ def _apply(equation: Any, operands: list[Operand], steps: list[Step]) -> list[Op
     if known:
         steps.append(Step(bind, operands, known, _is_affine(name, operands, known), _maximum(name, operands)))
     return results
+
+
+def _bind(equation: Any, operands: list[Operand]) -> Callable[..., Any]:
+    """The operation on arrays: of a convolution that the layers know too, theirs, whose gradients are fast on CPUs."""
+    primitive, params = equation.primitive, equation.params
+    if primitive.name == "conv_general_dilated":
+        numbers, dtypes = params["dimension_numbers"], {variable.aval.dtype for variable in equation.invars}
+        groups = params["feature_group_count"], params["batch_group_count"]
+        if len(dtypes) == 1 and is_plain(numbers, *params["lhs_dilation"], *params["rhs_dilation"], *groups):
+            names = ("window_strides", "padding", "precision")
+            return partial(conv_general_dilated, **{name: params[name] for name in names})
+    return partial(primitive.bind, **primitive.get_bind_params(params))
 
 
 def _is_affine(name: str, operands: list[Operand], results: list[Interval]) -> bool:

@@ -48,8 +48,7 @@ def conv_general_dilated(
     Returns:
       ``[B, H', W', D]``.
     """
-    plain = lhs.ndim == 4 and dimension_numbers == _NHWC and not any(step != 1 for step in lhs_dilation or ())
-    if not plain or feature_group_count > _FEW_GROUPS or jax.default_backend() != "cpu":
+    if feature_group_count > _FEW_GROUPS or not is_plain(dimension_numbers, *(lhs_dilation or ())):
         return lax.conv_general_dilated(
             lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
             precision=precision,
@@ -63,6 +62,11 @@ def conv_general_dilated(
         return convolve(lhs, rhs)
     inputs, kernels = (jnp.split(operand, feature_group_count, axis=3) for operand in (lhs, rhs))
     return jnp.concatenate([convolve(*group) for group in zip(inputs, kernels, strict=True)], axis=3)
+
+
+def is_plain(dimension_numbers: Any, *ones: int) -> bool:
+    """Whether a convolution is ``NHWC, HWIO -> NHWC`` on a CPU, and all others are 1."""
+    return jax.default_backend() == "cpu" and dimension_numbers == _NHWC and all(one == 1 for one in ones)
 
 
 @cache
@@ -129,6 +133,31 @@ def _by_columns(lhs: Array, rhs: Array, *, strides: tuple[int, int], padding: An
     height, width = blocks.shape[1] - down + 1, blocks.shape[2] - right + 1
     taps = [blocks[:, i : i + height, j : j + width] for i in range(down) for j in range(right)]
     return jnp.dot(jnp.concatenate(taps, axis=3), kernel.reshape(-1, features), precision=precision)
+
+
+def pulled_back(
+    cotangent: Array, image: tuple[int, int, int], rhs: Array, window_strides: Any, padding: Any, precision: Any = None
+) -> Array:
+    """What `conv_general_dilated` in one group pulls back to its input: a convolution again, whose gradients are fast.
+
+    Args:
+      cotangent: ``[B, H', W', D]``.
+      image: ``(H, W, C)`` of the input.
+      rhs: kernel ``[h, w, C, D]``.
+      window_strides, padding, precision: of the convolution, padding as pairs.
+
+    Returns:
+      ``[B, H, W, C]``.
+    """
+    strides = tuple(window_strides)
+    rows = jax.ShapeDtypeStruct((len(cotangent), *image), cotangent.dtype)
+    kernel = _blocks_as_channels(jnp.zeros((1, *image), rhs.dtype), rhs, strides, padding)[1]
+    # By itself: where a convolution pads, XLA may swap its operands for the gradient, and falls to a naive loop.
+    cotangent = jnp.pad(cotangent, [(0, 0), *((size - 1, size - 1) for size in kernel.shape[:2]), (0, 0)])
+    kernel = kernel[::-1, ::-1].swapaxes(2, 3)
+    blocks = conv_general_dilated(cotangent, kernel, (1, 1), "VALID", precision=precision)
+    [lhs] = jax.linear_transpose(lambda lhs: _blocks_as_channels(lhs, rhs, strides, padding)[0], rows)(blocks)
+    return lhs
 
 
 def _blocks_as_channels(lhs: Array, rhs: Array, strides: tuple[int, int], padding: Any) -> tuple[Array, Array]:
