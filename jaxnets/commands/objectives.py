@@ -34,6 +34,11 @@ class Parts(NamedTuple):
     loss: Loss
     ramp: Array
 
+    @property
+    def beta(self) -> Any:
+        """Of the command, which has one for each objective that takes it."""
+        return self.command.beta
+
 
 STARTS = {
     "uniform": attacks.uniform,
@@ -66,14 +71,12 @@ OBJECTIVES: dict[str, Callable[[Parts], Objective]] = {
     "standard": lambda p: objectives.standard(p.net, loss=p.loss),
     "fast": _fast,
     "n_fgsm": lambda p: objectives.n_fgsm(p.net, p.threat, loss=p.loss),
-    "grad_align": lambda p: objectives.grad_align(_fast(p), p.net, p.threat, weight=p.command.beta, loss=p.loss),
+    "grad_align": lambda p: objectives.grad_align(_fast(p), p.net, p.threat, weight=p.beta, loss=p.loss),
     "free": lambda p: objectives.standard(p.net, loss=p.loss),
-    "trades": lambda p: objectives.trades(p.net, _attack(p), beta=p.command.beta, loss=p.loss),
-    "mart": lambda p: objectives.mart(p.net, _attack(p), beta=p.command.beta),
+    "trades": lambda p: objectives.trades(p.net, _attack(p), beta=p.beta, loss=p.loss),
+    "mart": lambda p: objectives.mart(p.net, _attack(p), beta=p.beta),
     "kurakin": lambda p: objectives.kurakin(p.net, attacks.least_likely_class, threat=p.threat, loss=p.loss),
-    "virtual_adversarial": lambda p: objectives.virtual_adversarial(
-        p.net, p.threat, weight=p.command.beta, loss=p.loss
-    ),
+    "virtual_adversarial": lambda p: objectives.virtual_adversarial(p.net, p.threat, weight=p.beta, loss=p.loss),
     "ibp": lambda p: objectives.ibp(p.net, _ramped(p), kappa=1 - p.ramp / 2),
     "crown_ibp": lambda p: objectives.crown_ibp(p.net, _ramped(p), kappa=1 - p.ramp / 2, beta=1 - p.ramp),
 }
