@@ -4,7 +4,31 @@ Claim: what a method is worth shows when nothing else changes. Every row below i
 batches under the same triangular rate, epsilon rising from 0 to 0.3 over the first third; a line of this file changes.
 
 Command: ``python -m experiments.mnist_methods``.
-Hardware: not run yet.
+Hardware: two cores of an AMD EPYC, jax 0.10.2, seed 0. Of PGD's 1,000 test images AutoAttack takes 500; certified is the
+better of intervals and CROWN; seconds are those of training, while other work shared the cores (some 50 minutes with all
+attacks)::
+
+                              clean  PGD-50x10  AutoAttack  certified  seconds
+    standard                  99.0%       0.0%        0.0%       0.0%       25
+    label smoothing           99.2%       0.0%        0.0%       0.0%       18
+    mixup                     98.6%       0.0%        0.0%       0.0%       22
+    virtual adversarial       98.7%       0.1%        0.0%       0.0%       64
+    kurakin                   98.9%       0.0%        0.0%       0.0%       42
+    ensemble                  98.6%       0.0%        0.0%       0.0%       98
+    free                      98.4%      89.7%       87.8%       0.0%       24
+    fast                      98.9%      75.1%       62.0%       0.0%       35
+    fast, grad_align          98.4%      77.1%       72.0%       0.0%      220
+    n_fgsm                    92.5%      46.0%       34.8%       0.0%       31
+    adversarial               98.2%      90.3%       89.6%       0.0%      110
+    adversarial, average      98.1%      90.0%       88.8%       0.0%      109
+    adversarial, awp          98.4%      90.1%       89.8%       0.0%      122
+    trades                    97.2%      90.4%       89.4%       0.0%      110
+    mart                      98.1%      91.3%       91.2%       0.0%      122
+    ibp                       89.8%      25.2%       23.2%      20.8%       72
+    crown_ibp                 92.8%      82.6%       82.4%      79.8%      564
+
+One-step training on least-likely labels (kurakin) and on other networks' examples (ensemble) withstands no PGD at this
+epsilon, nor does what is smooth around clean images. Six epochs are too few for bounds by intervals alone.
 
 Published, other recipes each: PGD 98.5 clean and 92.5 under PGD-100, TRADES 99.5 and 95.6 under PGD-1000, FGSM-RS 98.5
 and 88.8 under PGD-50x10, IBP 98.3 and 91.8 certified (Gowal et al. 2018, a larger network).
