@@ -83,7 +83,7 @@ def _run(jaxpr: Any, constants: Any, arguments: list[Operand], steps: list[Step]
 
 def _apply(equation: Any, operands: list[Operand], steps: list[Step]) -> list[Operand]:
     primitive, name = equation.primitive, equation.primitive.name
-    bind = _bind(equation, operands)
+    bind = _bind(equation)
     if not any(isinstance(operand, Interval) for operand in operands):
         # What does not depend on the input is computed as it is, by its own derivatives.
         results = bind(*operands)
@@ -106,13 +106,13 @@ def _apply(equation: Any, operands: list[Operand], steps: list[Step]) -> list[Op
     return results
 
 
-def _bind(equation: Any, operands: list[Operand]) -> Callable[..., Any]:
+def _bind(equation: Any) -> Callable[..., Any]:
     """The operation on arrays: of a convolution that the layers know too, theirs, whose gradients are fast on CPUs."""
     primitive, params = equation.primitive, equation.params
     if primitive.name == "conv_general_dilated":
-        numbers, dtypes = params["dimension_numbers"], {variable.aval.dtype for variable in equation.invars}
-        groups = params["feature_group_count"], params["batch_group_count"]
-        if len(dtypes) == 1 and is_plain(numbers, *params["lhs_dilation"], *params["rhs_dilation"], *groups):
+        ones = (*params["lhs_dilation"], *params["rhs_dilation"], params["feature_group_count"])
+        dtypes = {variable.aval.dtype for variable in (*equation.invars, *equation.outvars)}
+        if len(dtypes) == 1 and is_plain(params["dimension_numbers"], *ones, params["batch_group_count"]):
             names = ("window_strides", "padding", "precision")
             return partial(conv_general_dilated, **{name: params[name] for name in names})
     return partial(primitive.bind, **primitive.get_bind_params(params))
