@@ -5,7 +5,8 @@ survives PGD on nine of ten test images at epsilon 0.3.
 
 Command: ``python -m experiments.mnist_madry`` for a short form on a CPU: PGD-7, epsilon rising over a third of eight
 epochs, batches of 100 at a rate that falls by a cosine; ``--form full`` for the published recipe on a GPU (not run).
-Hardware: not run yet.
+Hardware: two cores of an AMD EPYC, jax 0.10.2, shared with other work: 52 minutes of training, 57 in all. Seed 0, 1,000
+rows: clean 97.6, FGSM 93.4, PGD-40 90.8, PGD-100 89.1, PGD-100 with 5 restarts 86.6.
 
 Published, 10,000 rows: clean 98.5, FGSM 96.4, PGD-40 93.2, PGD-100 92.5, PGD-100 with 50 restarts 89.6.
 """
