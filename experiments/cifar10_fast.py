@@ -15,8 +15,8 @@ training::
     free                35.2%        6.8%       57
     pgd-7               31.6%       23.8%      235
 
-At this size FGSM with a random start is as robust as PGD-7 in half its time. Free training is not: 312 updates on
-batches of eight replays each, 39 different ones, are too few for it.
+At this size FGSM with a random start is as robust as PGD-7 in half its time. Free training is not: 39
+batches, eight replays of each, are too few for it.
 
 Published (rows of 15, 12 and 40 epochs), clean and PGD-50 with 10 restarts: FGSM 83.8 and 46.1 in the paper, 79.3 to
 79.5 and 44.9 to 45.3 in reruns; free 77.0 to 78.4 and 46.0 to 46.2; PGD-7 86.8 and 46.3.
