@@ -1,12 +1,11 @@
 """How time and memory of attacks grow, beside what the arithmetic says.
 
-``python -m benchmarks.growth`` measures adversarial training and attacks on a residual network of width 8 unless said,
-and draws ``growth.png``: an exponent is the slope over the larger half of a curve, in logarithms.
+``python -m benchmarks.growth`` measures PGD on a residual network of width 8 unless said, and an evaluation by it, and
+draws ``growth.png``: an exponent is the slope over the larger half of a curve, in logarithms.
 """
 
 import resource
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import jaxnets as jn
+from benchmarks.timing import seconds
 
 
 class Point(NamedTuple):
@@ -52,30 +52,24 @@ def attack(size: int, *, batch: int = 32, side: int = 32, steps: int = 5, width:
     model = jax.tree_util.Partial(net.logits_fn(*net.init(jax.random.key(1), x)))
     run = jax.jit(partial(jn.attacks.pgd, threat=jn.Linf(0.1), steps=steps))
     program = run.lower(jax.random.key(2), model, x, y).compile()
-    seconds = _median(lambda: program(jax.random.key(2), model, x, y))
-    return Point(size, seconds, program.memory_analysis().temp_size_in_bytes)
+    taken = _median(lambda: program(jax.random.key(2), model, x, y))
+    return Point(size, taken, program.memory_analysis().temp_size_in_bytes)
 
 
 def evaluation(size: int) -> Point:
     """`evaluation.evaluate` of so many rows by PGD, 256 at once; memory is that of the process."""
     net = jn.from_linen(jn.models.SmallCNN())
-    x, y = np.random.default_rng(0).uniform(size=(size, 28, 28, 1)).astype(np.float32), np.arange(size) % 10
+    x = np.random.default_rng(0).uniform(size=(size, 28, 28, 1)).astype(np.float32)
     model = net.logits_fn(*net.init(jax.random.key(1), x[:1]))
     y = np.argmax(np.concatenate([model(rows) for rows in np.array_split(x, -(-size // 256))]), axis=-1)
     pgd = {"pgd": partial(jn.attacks.pgd, threat=jn.Linf(0.1), steps=20)}
     call = partial(jn.evaluation.evaluate, jax.random.key(0), model, x, y, pgd, threat=jn.Linf(0.1), batch_size=256)
-    seconds = _median(call)
-    return Point(size, seconds, 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return Point(size, _median(call), 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _median(call: Callable[[], Any], rounds: int = 5) -> float:
-    def once() -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        return time.perf_counter() - began
-
-    once()
-    return statistics.median(once() for _ in range(rounds))
+    call()
+    return statistics.median(seconds(call) for _ in range(rounds))
 
 
 GROWTHS = {
@@ -129,10 +123,10 @@ def main(settings: Settings) -> dict[str, list[Point]]:
 
 
 def said(name: str, points: Sequence[Point]) -> str:
-    sizes, seconds, memory = zip(*points, strict=True)
+    sizes, times, memory = zip(*points, strict=True)
     growth = GROWTHS[name]
     return (
-        f"time {exponent(sizes, seconds)} (arithmetic: {growth.seconds}), "
+        f"time {exponent(sizes, times)} (arithmetic: {growth.seconds}), "
         f"memory {exponent(sizes, memory)} (arithmetic: {growth.bytes})"
     )
 
@@ -142,8 +136,8 @@ def draw(path: Path, found: dict[str, list[Point]]) -> None:
     figure = Figure(figsize=(3.2 * len(found), 5.5), layout="constrained")
     axes = figure.subplots(2, len(found), squeeze=False, sharex="col")
     for (above, below), (name, points) in zip(axes.T, found.items(), strict=True):
-        sizes, seconds, memory = zip(*points, strict=True)
-        for place, values, label in ((above, seconds, "seconds"), (below, np.divide(memory, 2**20), "MiB")):
+        sizes, times, memory = zip(*points, strict=True)
+        for place, values, label in ((above, times, "seconds"), (below, np.divide(memory, 2**20), "MiB")):
             place.loglog(sizes, values, "o-")
             place.set_title(f"{label}: exponent {exponent(sizes, values)}", fontsize=9)
             place.grid(alpha=0.3)

@@ -1,7 +1,7 @@
 """The least time that work could take: its operations over the machine's rate, its bytes over the bandwidth."""
 
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 import jaxnets as jn
 from benchmarks.networks import Loaded
+from benchmarks.timing import seconds
 from benchmarks.work import Work
 from jaxnets.types import Batch
 
@@ -81,10 +82,5 @@ def measured(side: int = 2048, dtype: Any = jnp.float32, rounds: int = 10) -> Ra
 
 
 def _best(function: Callable[..., Any], *arguments: Any, rounds: int) -> float:
-    def once() -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        return time.perf_counter() - began
-
-    once()
-    return min(once() for _ in range(rounds))
+    # The first compiles, and is never the best.
+    return min(seconds(partial(function, *arguments)) for _ in range(1 + rounds))

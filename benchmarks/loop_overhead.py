@@ -14,7 +14,6 @@ Where other work shared the cores, two runs gave 1.12 and 0.98 for the first ste
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxnets as jn
+from benchmarks.timing import seconds
 from jaxnets.models.layers import Conv
 from jaxnets.types import Batch
 
@@ -83,15 +83,9 @@ def overhead(module: nn.Module, shape: tuple[int, ...], *, steps: int = STEPS, r
     ]
     for call in calls:
         jax.block_until_ready(call())
-    times = [[_seconds(call) for call in calls] for _ in range(rounds)]
+    times = [[seconds(call) for call in calls] for _ in range(rounds)]
     one, other, attacked, stepped = map(statistics.median, zip(*times, strict=True))
     return Overhead(1000 * one, 1000 * other, attacked / (steps * one), stepped / (steps * one + other))
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - began
 
 
 def main() -> None:

@@ -39,13 +39,12 @@ def versions() -> str:
 def speed_table(rows: Sequence[Row]) -> str:
     """A line a work: the limit, and by side the median, how many times ours it is, and the spread."""
     sides = list(rows[0].sides)
-    heads = ["work", "rows", "limit", "jaxnets, first call", *sides]
+    heads = ["work and rows", "limit", "jaxnets, first call", *sides]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for row in rows:
-        work = f"{row.work.network} {row.work.method}{f'-{row.work.steps}' if row.work.steps else ''} {row.work.norm}"
         least = "-" if row.limit is None else f"{_seconds(row.limit)} ({row.sides['jaxnets'].median / row.limit:.1f})"
         first = _seconds(row.sides["jaxnets"].first)
-        lines.append(_line([work, str(row.work.rows), least, first, *(_cell(row, side) for side in sides)]))
+        lines.append(_line([str(row.work), least, first, *(_cell(row, side) for side in sides)]))
     return "\n".join(lines)
 
 

@@ -15,7 +15,6 @@ In turn is never slower than together, and compiles once. Not measured on accele
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ import jax
 import optax
 
 import jaxnets as jn
+from benchmarks.timing import seconds
 from jaxnets.sweeps import in_turn, member, stack, sweep
 from jaxnets.types import Batch
 
@@ -66,9 +66,7 @@ def milliseconds(steps: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> d
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            began = time.perf_counter()
-            jax.block_until_ready(step())
-            times[name].append(1000 * (time.perf_counter() - began))
+            times[name].append(1000 * seconds(step))
     return {name: (min(found), statistics.median(found)) for name, found in times.items()}
 
 

@@ -3,12 +3,14 @@
 import re
 from typing import NamedTuple
 
+_ON_DIGITS = {"linf": 0.3, "l2": 2.0, "l1": 10.0}
+_ON_COLOURS = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
 EPSILONS = {
-    "small_cnn": {"linf": 0.3, "l2": 2.0, "l1": 10.0},
-    "madry_cnn": {"linf": 0.3, "l2": 2.0, "l1": 10.0},
-    "resnet18_8": {"linf": 8 / 255, "l2": 0.5, "l1": 12.0},
-    "resnet18_16": {"linf": 8 / 255, "l2": 0.5, "l1": 12.0},
-    "resnet18_64": {"linf": 8 / 255, "l2": 0.5, "l1": 12.0},
+    "small_cnn": _ON_DIGITS,
+    "madry_cnn": _ON_DIGITS,
+    "resnet18_8": _ON_COLOURS,
+    "resnet18_16": _ON_COLOURS,
+    "resnet18_64": _ON_COLOURS,
 }
 """By network of `benchmarks.networks`, and norm."""
 

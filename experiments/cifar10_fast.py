@@ -126,30 +126,21 @@ def compare(
     data = jn.data.load("digits" if settings.smoke else "cifar10", settings.data_dir)
     suite = suite_of(form)
     print(f"{'':16}{'clean':>9}" + "".join(f"{name:>12}" for name in suite) + f"{'seconds':>9}", flush=True)
+    size = f"{data.name}-{form.width}-{form.training_rows}-{form.epochs}-{settings.peak:g}"
+
+    def finished(name: str, seed: int) -> dict[str, float]:
+        folder = settings.out / size / f"{name}-{seed}"
+        record = folder / f"result-{form.rows}-{form.restarts}.json"
+        return recorded(record, partial(run, settings, form, name, methods[name], suite, data, seed, folder))
+
     found = {}
     for name in chosen:
-        results = [finished(settings, form, name, methods[name], suite, data, seed) for seed in settings.seeds]
+        results = [finished(name, seed) for seed in settings.seeds]
         found[name] = {key: float(np.mean([result[key] for result in results])) for key in results[0]}
         shares = f"{found[name]['clean']:9.1%}" + "".join(f"{found[name][attack]:12.1%}" for attack in suite)
         print(f"{name:16}{shares}{found[name]['seconds']:9.0f}", flush=True)
     print(f"mean of {len(settings.seeds)} seeds, {form.epochs} epochs, width {form.width}")
     return found
-
-
-def finished(
-    settings: Any,
-    form: Form,
-    name: str,
-    method: Callable[[jn.Classifier], Any],
-    suite: dict[str, Any],
-    data: jn.data.Dataset,
-    seed: int,
-) -> dict[str, float]:
-    """The result of one network, run unless its record is there."""
-    size = f"{data.name}-{form.width}-{form.training_rows}-{form.epochs}-{settings.peak:g}"
-    folder = settings.out / size / f"{name}-{seed}"
-    record = folder / f"result-{form.rows}-{form.restarts}.json"
-    return recorded(record, partial(run, settings, form, name, method, suite, data, seed, folder))
 
 
 def run(

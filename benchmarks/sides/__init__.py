@@ -14,6 +14,11 @@ SIDES = (
 )  # fmt: skip
 
 
+ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}
+"""Norms as numbers, and below as the papers write them: how peers are told."""
+NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+
+
 class NotOfferedError(LookupError):
     """A side has no such method."""
 

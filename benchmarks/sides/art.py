@@ -9,14 +9,12 @@ from art.attacks import evasion
 from art.estimators.classification import PyTorchClassifier
 
 from benchmarks.networks import Loaded
-from benchmarks.sides import NotOfferedError, frozen
+from benchmarks.sides import ORDERS, NotOfferedError, frozen
 from benchmarks.work import Work
-
-NORMS = {"linf": np.inf, "l2": 2, "l1": 1}
 
 
 def make(work: Work, loaded: Loaded) -> Callable[[], Any]:
-    shared = {"norm": NORMS[work.norm], "eps": work.epsilon, "batch_size": work.rows}
+    shared = {"norm": ORDERS[work.norm], "eps": work.epsilon, "batch_size": work.rows}
     made: dict[str, Callable[[Any], Any]] = {
         "pgd": lambda net: evasion.ProjectedGradientDescentPyTorch(
             net, eps_step=work.step_size, max_iter=work.steps, num_random_init=1, verbose=False, **shared

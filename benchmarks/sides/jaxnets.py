@@ -14,9 +14,8 @@ from benchmarks.networks import Loaded
 from benchmarks.sides import NotOfferedError
 from benchmarks.work import Work
 from jaxnets import attacks, objectives
+from jaxnets.commands.run import THREATS
 from jaxnets.types import Batch
-
-THREATS = {"linf": jn.Linf, "l2": jn.L2, "l1": jn.L1}
 
 
 def make(work: Work, loaded: Loaded) -> Callable[[], Any]:

@@ -6,10 +6,8 @@ from typing import Any
 from autoattack import AutoAttack
 
 from benchmarks.networks import Loaded
-from benchmarks.sides import NotOfferedError, from_torch, to_torch
+from benchmarks.sides import NORMS, NotOfferedError, from_torch, to_torch
 from benchmarks.work import Work
-
-NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 def make(work: Work, loaded: Loaded) -> Callable[[], Any]:

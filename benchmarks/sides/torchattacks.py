@@ -9,16 +9,14 @@ from torch.nn import functional
 from torch.optim import SGD
 
 from benchmarks.networks import Loaded
-from benchmarks.sides import NotOfferedError, from_torch, frozen, to_torch
+from benchmarks.sides import NORMS, NotOfferedError, from_torch, frozen, to_torch
 from benchmarks.work import Work
-
-NORMS = {"linf": "Linf", "l2": "L2"}
 
 
 def make(work: Work, loaded: Loaded) -> Callable[[], Any]:
     x, y = to_torch(loaded.x, loaded.y)
-    norm, epsilon = NORMS.get(work.norm), work.epsilon
-    if norm is None:
+    norm, epsilon = NORMS[work.norm], work.epsilon
+    if work.norm == "l1":
         raise NotOfferedError(work.norm)
     pgd = torchattacks.PGD if work.norm == "linf" else torchattacks.PGDL2
     made: dict[str, Callable[[Any], Any]] = {
