@@ -19,6 +19,7 @@ from jaxnets.models.layers import units
 CONVOLUTIONS = {
     "plain": {"window_strides": (1, 1), "padding": "VALID"},
     "same": {"window_strides": (1, 1), "padding": "SAME"},
+    "rows of four": {"window_strides": (1, 1), "padding": [(1, 0), (2, 1)]},
     "stride": {"window_strides": (2, 2), "padding": [(1, 1), (1, 1)]},
     "uneven": {"window_strides": (2, 1), "padding": [(0, 2), (1, 0)]},
     "stride same": {"window_strides": (3, 2), "padding": "SAME"},
@@ -45,7 +46,7 @@ def theirs(name):
     return lambda x, k: lax.conv_general_dilated(x, k, **CONVOLUTIONS[name], dimension_numbers=numbers)
 
 
-def derivatives(convolve, name):
+def derivatives(convolve):
     """Everything that is compared, of one convolution, as one compiled function."""
 
     def loss(x, k):
@@ -82,7 +83,7 @@ def derivatives(convolve, name):
 @every_convolution
 def test_convolution_and_its_derivatives(name, x64):
     arguments = operands(name, np.float64)
-    got, expected = (derivatives(f(name), name)(*arguments) for f in (ours, theirs))
+    got, expected = (derivatives(f(name))(*arguments) for f in (ours, theirs))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), got, expected)
 
 
@@ -164,6 +165,44 @@ def test_what_is_pulled_back_and_its_gradients(name, x64):
 def test_gradients_of_what_is_pulled_back_are_in_the_fast_form_too(argnum):
     _, pull = pulled("plain", jnp.ones((4, 10, 10, 16)))
     assert labels(compiled_loop(pull, argnum)) == FAST
+
+
+# Dense layers.
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)])
+def test_dense_products_and_their_derivatives(shape, x64):
+    random = np.random.default_rng(0)
+    x, k, x_dot, k_dot = (random.normal(size=size) for _ in range(2) for size in (shape, (4, 6)))
+    numbers = (((len(shape) - 1,), (0,)), ((), ()))
+    got, expected = (
+        derivatives(lambda x, k, multiply=multiply: multiply(x, k, numbers, precision="highest"))(x, k, x_dot, k_dot)
+        for multiply in (layers.dot_general, lax.dot_general)
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), got, expected)
+
+
+@pytest.mark.parametrize("dimensions", [((2,), (1,)), ((1,), (0,))])
+def test_other_products_are_those_of_jax(dimensions):
+    x, k = jnp.arange(24.0).reshape(2, 4, 3), jnp.arange(12.0).reshape(4, 3)
+    numbers = (dimensions, ((), ()))
+    np.testing.assert_array_equal(layers.dot_general(x, k, numbers), lax.dot_general(x, k, numbers))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a fact of the CPU backend")
+def test_the_input_gradient_of_a_dense_layer_reads_the_kernel_row_by_row():
+    def columns_read(dense):
+        """The dimensions of the right operand over which the products of a loop with a gradient sum."""
+        net = jn.from_linen(dense(64))
+        x = jnp.ones((8, 32))
+        params, stats = net.init(jax.random.key(0), x)
+        slope = jax.grad(lambda x, params: jnp.sum(net.logits_fn(params, stats)(x) ** 2))
+        program = jax.jit(lambda x, params: lax.fori_loop(0, 5, lambda _, x: x - slope(x, params), x))
+        text = program.lower(x, params).compile().as_text()
+        return {line.split("rhs_contracting_dims=")[1][:3] for line in text.splitlines() if " dot(" in line}
+
+    assert columns_read(layers.Dense) == {"{0}"}
+    assert "{1}" in columns_read(nn.Dense), "XLA no longer needs help"
 
 
 # Pooling.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxnets.models.layers import (
     BatchNorm,
     ConvBlock,
+    Dense,
     adaptive_avg_pool,
     avg_pool,
     flatten,
@@ -141,9 +142,9 @@ class AuxiliaryHead(nn.Module):
         x = ConvBlock(self.features, 1, norm=self.form.norm, dtype=self.dtype, name="conv")(
             self.form.head_pool(x), train
         )
-        x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(flatten(x)))
+        x = nn.relu(Dense(self.hidden, dtype=self.dtype, name="fc1")(flatten(x)))
         x = nn.Dropout(0.7, deterministic=not train)(x)
-        return nn.Dense(self.classes, dtype=self.dtype, name="fc2")(x)
+        return Dense(self.classes, dtype=self.dtype, name="fc2")(x)
 
 
 class GoogLeNet(nn.Module):
@@ -203,7 +204,7 @@ class GoogLeNet(nn.Module):
                 sizes = self.classes, _scaled(128, self.width), _scaled(1024, self.width)
                 AuxiliaryHead(*sizes, form, self.dtype, name=_HEADS[name])(x, train)
         x = nn.Dropout(0.4, deterministic=not train)(jnp.mean(x, axis=(1, 2)))
-        return nn.Dense(self.classes, dtype=self.dtype, name="fc")(x)
+        return Dense(self.classes, dtype=self.dtype, name="fc")(x)
 
     def _heads_are_wanted(self) -> bool:
         return self.is_initializing() or self.is_mutable_collection("intermediates")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from jaxnets.models.layers import Conv, avg_pool, conv_general_dilated, flatten, in_turn, max_pool
+from jaxnets.models.layers import Conv, Dense, avg_pool, conv_general_dilated, flatten, in_turn, max_pool
 from jaxnets.types import Array
 
 # Which of the six maps of S2 each of the sixteen maps of C3 sees: the paper's table I.
@@ -127,7 +127,7 @@ class LeNet5(nn.Module):
             activation=nn.relu,
             subsampling=lambda dtype: max_pool,
             c3=partial(Conv, 16, (5, 5), padding="VALID"),
-            output=partial(nn.Dense, classes),
+            output=partial(Dense, classes),
             **settings,
         )
 
@@ -141,8 +141,8 @@ class LeNet5(nn.Module):
         c1, subsampling = partial(Conv, 6, (5, 5), padding="VALID"), act(self.subsampling)
         x = layers(x, c1=act(c1), s2=subsampling)
         x = layers(x, c3=act(self.c3), s4=subsampling)
-        x = layers(flatten(x), c5=act(partial(nn.Dense, 120)))
-        x = layers(x, f6=act(partial(nn.Dense, 84)))
+        x = layers(flatten(x), c5=act(partial(Dense, 120)))
+        x = layers(x, f6=act(partial(Dense, 84)))
         return layers(x, output=lambda x: self.output(dtype=self.dtype)(x))
 
     def _activated(self, make: Callable[..., Any]) -> Callable[[Array], Array]:

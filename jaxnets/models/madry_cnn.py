@@ -5,7 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxnets.models.layers import Conv, flatten, in_turn, max_pool
+from jaxnets.models.layers import Conv, Dense, flatten, in_turn, max_pool
 from jaxnets.types import Array
 
 
@@ -43,5 +43,5 @@ class MadryCNN(nn.Module):
         layer, conv = partial(in_turn, self, self.remat), partial(Conv, kernel_size=(5, 5), **settings)
         x = layer(x, conv1=lambda x: nn.relu(conv(32)(x)), pool1=max_pool)
         x = layer(x, conv2=lambda x: nn.relu(conv(64)(x)), pool2=max_pool)
-        x = layer(flatten(x), fc1=lambda x: nn.relu(nn.Dense(1024, **settings)(x)))
-        return nn.Dense(self.classes, **settings)(x)
+        x = layer(flatten(x), fc1=lambda x: nn.relu(Dense(1024, **settings)(x)))
+        return Dense(self.classes, **settings)(x)

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxnets.models.layers import flatten, in_turn
+from jaxnets.models.layers import Dense, flatten, in_turn
 from jaxnets.types import Array
 
 
@@ -36,9 +36,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def hidden(x: Array, width: int) -> Array:
-            return self.activation(nn.Dense(width, dtype=self.dtype)(x))
+            return self.activation(Dense(width, dtype=self.dtype)(x))
 
         x = flatten(x)
         for number, width in enumerate(self.widths, start=1):
             x = in_turn(self, self.remat, x, **{f"hidden{number}": partial(hidden, width=width)})
-        return nn.Dense(self.classes, dtype=self.dtype)(x)
+        return Dense(self.classes, dtype=self.dtype)(x)

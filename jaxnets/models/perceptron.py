@@ -5,7 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxnets.models.layers import flatten, in_turn, threshold
+from jaxnets.models.layers import Dense, flatten, in_turn, threshold
 from jaxnets.types import Array
 
 
@@ -37,6 +37,6 @@ class Perceptron(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def output(x: Array) -> Array:
-            return self.unit(nn.Dense(self.classes, dtype=self.dtype)(x))
+            return self.unit(Dense(self.classes, dtype=self.dtype)(x))
 
         return in_turn(self, self.remat, flatten(x), output=output)

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxnets.models.layers import BatchNorm, Conv, he, remat_if
+from jaxnets.models.layers import BatchNorm, Conv, Dense, he, remat_if
 from jaxnets.models.resnet import Padded, cifar_stem, imagenet_stem
 from jaxnets.types import Array
 
@@ -148,7 +148,7 @@ class PreActResNet(nn.Module):
                 x = block(self.width * 2 ** (stage - 1), stride, begin=begin, name=f"layer{stage}_{number}")(x, train)
                 begin = normalized_relu
         x = nn.relu(BatchNorm(dtype=self.dtype, name="bn")(x, train))
-        return nn.Dense(self.classes, dtype=self.dtype, name="linear")(jnp.mean(x, axis=(1, 2)))
+        return Dense(self.classes, dtype=self.dtype, name="linear")(jnp.mean(x, axis=(1, 2)))
 
 
 preact_resnet18 = partial(PreActResNet, (2, 2, 2, 2), PreActBlock)

@@ -4,7 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxnets.models.layers import RadialBasis, flatten, in_turn
+from jaxnets.models.layers import Dense, RadialBasis, flatten, in_turn
 from jaxnets.types import Array
 
 
@@ -42,4 +42,4 @@ class RBFNetwork(nn.Module):
 
         x = in_turn(self, self.remat, flatten(x), hidden=hidden)
         # From zero, sums of bumps are learnt before the bumps are moved.
-        return nn.Dense(self.classes, kernel_init=nn.initializers.zeros, dtype=self.dtype)(x)
+        return Dense(self.classes, kernel_init=nn.initializers.zeros, dtype=self.dtype)(x)

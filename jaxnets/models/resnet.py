@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxnets.models.layers import BatchNorm, Conv, max_pool, remat_if
+from jaxnets.models.layers import BatchNorm, Conv, Dense, max_pool, remat_if
 from jaxnets.types import Array
 
 _conv = partial(Conv, use_bias=False, kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
@@ -145,7 +145,7 @@ class ResNet(nn.Module):
             for number in range(blocks):
                 stride = 2 if stage > 1 and number == 0 else 1
                 x = block(self.width * 2 ** (stage - 1), stride, name=f"layer{stage}_{number}")(x, train)
-        return nn.Dense(self.classes, dtype=self.dtype, name="fc")(jnp.mean(x, axis=(1, 2)))
+        return Dense(self.classes, dtype=self.dtype, name="fc")(jnp.mean(x, axis=(1, 2)))
 
 
 resnet18 = partial(ResNet, (2, 2, 2, 2), BasicBlock)

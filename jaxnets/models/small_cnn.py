@@ -5,7 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxnets.models.layers import Conv, flatten, in_turn
+from jaxnets.models.layers import Conv, Dense, flatten, in_turn
 from jaxnets.types import Array
 
 
@@ -43,5 +43,5 @@ class SmallCNN(nn.Module):
         conv = partial(Conv, kernel_size=(4, 4), strides=2, padding=1, **settings)
         x = layer(x, conv1=lambda x: nn.relu(conv(16)(x)))
         x = layer(x, conv2=lambda x: nn.relu(conv(32)(x)))
-        x = layer(flatten(x), fc1=lambda x: nn.relu(nn.Dense(100, **settings)(x)))
-        return nn.Dense(self.classes, **settings)(x)
+        x = layer(flatten(x), fc1=lambda x: nn.relu(Dense(100, **settings)(x)))
+        return Dense(self.classes, **settings)(x)

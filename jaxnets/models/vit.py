@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxnets.models.layers import Conv, LayerNorm, remat_if
+from jaxnets.models.layers import Conv, Dense, LayerNorm, remat_if
 from jaxnets.types import Array
 
 _norm = partial(LayerNorm, epsilon=1e-6)
@@ -23,8 +23,8 @@ class EncoderBlock(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         norm, width = partial(_norm, dtype=self.dtype), x.shape[-1]
         x = x + nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype, name="attention")(norm(name="norm1")(x))
-        y = nn.Dense(4 * width, dtype=self.dtype, name="fc1")(norm(name="norm2")(x))
-        return x + nn.Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(y, approximate=False))
+        y = Dense(4 * width, dtype=self.dtype, name="fc1")(norm(name="norm2")(x))
+        return x + Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(y, approximate=False))
 
 
 class ViT(nn.Module):
@@ -73,7 +73,7 @@ class ViT(nn.Module):
         for number in range(self.depth):
             x = remat_if(self.remat, EncoderBlock)(self.heads, self.dtype, name=f"block{number}")(x, train)
         x = _norm(dtype=self.dtype, name="norm")(x)
-        return nn.Dense(self.classes, dtype=self.dtype, name="head")(x[:, 0])
+        return Dense(self.classes, dtype=self.dtype, name="head")(x[:, 0])
 
 
 vit_small = ViT

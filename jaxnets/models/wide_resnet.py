@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxnets.models.layers import BatchNorm, remat_if
+from jaxnets.models.layers import BatchNorm, Dense, remat_if
 from jaxnets.models.preact_resnet import PreActBlock, convolution_stem
 from jaxnets.types import Array
 
@@ -72,7 +72,7 @@ class WideResNet(nn.Module):
             settings: dict[str, Any] = {"dropout": self.dropout, "remat": self.remat, "dtype": self.dtype}
             x = Group(blocks, 8 * 2**number * self.widen, stride, **settings, name=f"block{number}")(x, train)
         x = nn.relu(BatchNorm(dtype=self.dtype, name="bn1")(x, train))
-        return nn.Dense(self.classes, dtype=self.dtype, name="fc")(jnp.mean(x, axis=(1, 2)))
+        return Dense(self.classes, dtype=self.dtype, name="fc")(jnp.mean(x, axis=(1, 2)))
 
 
 wide_resnet28_10 = partial(WideResNet, 28, 10)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 
 from jaxnets.models.layers.convolution import Conv
+from jaxnets.models.layers.dense import Dense
 from jaxnets.models.layers.initializers import he
 from jaxnets.models.layers.pooling import flatten
 from jaxnets.models.layers.units import identity
@@ -68,7 +69,7 @@ class DenseHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        dense = partial(nn.Dense, kernel_init=he, dtype=self.dtype)
+        dense = partial(Dense, kernel_init=he, dtype=self.dtype)
         x = flatten(x)
         for name in ("fc6", "fc7"):
             x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(dense(self.hidden, name=name)(x)))

@@ -92,8 +92,9 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
             # The transpose of a stride is a convolution of an array that is mostly zeros. Blocks as channels have none.
             lhs_dot, rhs = _blocks_as_channels(lhs_dot, rhs, strides, padding)
             moves = {"window_strides": (1, 1), "padding": "VALID", "precision": precision}
-        # Its transpose swaps the kernel's I and O: from HWOI to HWIO.
-        kernel = rhs.transpose(0, 1, 3, 2)
+        # Its transpose swaps the kernel's I and O, from HWOI to HWIO, and reverses it: here already, for a loop's
+        # convolution would do so in every round.
+        kernel = lax.rev(lax.optimization_barrier(lax.rev(rhs.transpose(0, 1, 3, 2), (0, 1))), (0, 1))
         return lax.conv_general_dilated(lhs_dot, kernel, **moves, dimension_numbers=("NHWC", "HWOI", "NHWC"))
 
     def of_kernel(lhs, rhs_dot):
@@ -108,6 +109,8 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
 
     @jax.custom_jvp
     def convolve(lhs, rhs):
+        if strides == (1, 1) and few(lhs):
+            return _by_rows_of_pixels(lhs, rhs, padding, precision)
         if strides != (1, 1) and few(lhs, strides[0] * strides[1]):
             return by_columns(lhs, rhs)
         return forward(lhs, rhs, dimension_numbers=_NHWC)
@@ -133,6 +136,18 @@ def _by_columns(lhs: Array, rhs: Array, *, strides: tuple[int, int], padding: An
     height, width = blocks.shape[1] - down + 1, blocks.shape[2] - right + 1
     taps = [blocks[:, i : i + height, j : j + width] for i in range(down) for j in range(right)]
     return jnp.dot(jnp.concatenate(taps, axis=3), kernel.reshape(-1, features), precision=precision)
+
+
+def _by_rows_of_pixels(lhs: Array, rhs: Array, padding: Any, precision: Any) -> Array:
+    """The convolution of stride 1 with four pixels of its output as channels, or two: fewer and larger windows."""
+    down, right, channels, features = rhs.shape
+    height = lhs.shape[1] + sum(padding[0]) - down + 1
+    width = lhs.shape[2] + sum(padding[1]) - right + 1
+    pixels = next(count for count in (4, 2, 1) if width % count == 0)
+    shifted = [jnp.pad(rhs, ((0, 0), (n, pixels - 1 - n), (0, 0), (0, 0))) for n in range(pixels)]
+    kernel = jnp.stack(shifted, axis=3).reshape(down, -1, channels, pixels * features)
+    out = lax.conv_general_dilated(lhs, kernel, (1, pixels), padding, precision=precision, dimension_numbers=_NHWC)
+    return out.reshape(-1, height, width, features)
 
 
 def pulled_back(

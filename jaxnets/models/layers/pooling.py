@@ -2,6 +2,7 @@
 
 from functools import reduce
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -39,7 +40,7 @@ def max_pool(x: Array, window: Pair = (2, 2), strides: Pair | None = None, paddi
     for length, size, stride, edges in zip(x.shape[1:3], window, strides, padding, strict=True):
         _check_filled(length, size, stride, edges)
     if strides == window:
-        return _largest(_entries(x, window, strides, padding, -jnp.inf))
+        return _largest_side_by_side(_windows(x, window, padding, -jnp.inf))
     # Of windows that overlap first the rows, then the columns of those: fewer entries, and ties go to the same one.
     x = _largest(_entries(x, (1, window[1]), (1, strides[1]), ((0, 0), padding[1]), -jnp.inf))
     return _largest(_entries(x, (window[0], 1), (strides[0], 1), (padding[0], (0, 0)), -jnp.inf))
@@ -73,19 +74,57 @@ def flatten(x: Array) -> Array:
 
 def _entries(x: Array, window: Pair, strides: Pair, padding: tuple[Pair, Pair], fill: float) -> list[Array]:
     """For each place in a window, row by row, the entries ``[B, H', W', C]`` that all windows have there."""
+    if strides == window:
+        return _by_place(_windows(x, window, padding, fill))
+    x, places = _filled(x, window, strides, padding, fill)
+    last = [strides[n] * (places[n] - 1) + 1 for n in (0, 1)]
+    taps = np.ndindex(window)
+    return [x[:, i : i + last[0] : strides[0], j : j + last[1] : strides[1]] for i, j in taps]
+
+
+def _windows(x: Array, window: Pair, padding: tuple[Pair, Pair], fill: float) -> Array:
+    """``[B, H', h, W', w, C]``: windows side by side."""
+    x, places = _filled(x, window, window, padding, fill)
+    return x.reshape(len(x), places[0], window[0], places[1], window[1], x.shape[3])
+
+
+def _by_place(windows: Array) -> list[Array]:
+    """``[B, H', W', C]`` for each place in windows side by side, row by row."""
+    return [windows[:, :, row, :, column] for row, column in np.ndindex(windows.shape[2], windows.shape[4])]
+
+
+def _filled(x: Array, window: Pair, strides: Pair, padding: tuple[Pair, Pair], fill: float) -> tuple[Array, list[int]]:
+    """Padded, without what fills no window; and how many windows there are down and to the right."""
     room = [x.shape[n + 1] + sum(padding[n]) - window[n] for n in (0, 1)]
     if min(room) < 0:
         raise ValueError(f"an image of {x.shape[1]}x{x.shape[2]} holds no pooling window of {window[0]}x{window[1]}")
-    places = [room[n] // strides[n] + 1 for n in (0, 1)]
     unused = [room[n] % strides[n] for n in (0, 1)]
     edges = [(padding[n][0], padding[n][1] - unused[n], 0) for n in (0, 1)]
     x = lax.pad(x, jnp.asarray(fill, x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-    taps = [(row, column) for row in range(window[0]) for column in range(window[1])]
-    if strides == window:
-        windows = x.reshape(len(x), places[0], window[0], places[1], window[1], x.shape[3])
-        return [windows[:, :, row, :, column] for row, column in taps]
-    last = [strides[n] * (places[n] - 1) + 1 for n in (0, 1)]
-    return [x[:, i : i + last[0] : strides[0], j : j + last[1] : strides[1]] for i, j in taps]
+    return x, [room[n] // strides[n] + 1 for n in (0, 1)]
+
+
+@jax.custom_jvp
+def _largest_side_by_side(windows: Array) -> Array:
+    """Of ``[B, H', h, W', w, C]`` the largest of each window; the first of them takes the gradient.
+
+    What the gradient needs is a place in the window, of a byte: one pass finds it, and one more writes the gradient.
+    """
+    return reduce(jnp.maximum, _by_place(windows))
+
+
+@_largest_side_by_side.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    [windows], [windows_dot] = primals, tangents
+    height, width = windows.shape[2], windows.shape[4]
+    places = np.arange(height * width, dtype=np.min_scalar_type(height * width))
+    [largest, *later], place = _by_place(windows), places[0]
+    for number, entry in zip(places[1:], later, strict=True):
+        larger = (entry > largest) | jnp.isnan(entry)
+        largest, place = jnp.where(larger, entry, largest), jnp.where(larger, number, place)
+    places = places.reshape(height, 1, width, 1)
+    chosen = jnp.where(place[:, :, None, :, None] == places, windows_dot, 0)
+    return _largest_side_by_side(windows), jnp.sum(chosen, axis=(2, 4))
 
 
 def _largest(entries: list[Array]) -> Array:
