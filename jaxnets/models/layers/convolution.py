@@ -166,29 +166,37 @@ def pulled_back(
     """
     strides = tuple(window_strides)
     rows = jax.ShapeDtypeStruct((len(cotangent), *image), cotangent.dtype)
-    kernel = _blocks_as_channels(jnp.zeros((1, *image), rhs.dtype), rhs, strides, padding)[1]
+    kernel = _blocks_of_kernel(rhs, strides)
     # By itself: where a convolution pads, XLA may swap its operands for the gradient, and falls to a naive loop.
     cotangent = jnp.pad(cotangent, [(0, 0), *((size - 1, size - 1) for size in kernel.shape[:2]), (0, 0)])
     kernel = kernel[::-1, ::-1].swapaxes(2, 3)
     blocks = conv_general_dilated(cotangent, kernel, (1, 1), "VALID", precision=precision)
-    [lhs] = jax.linear_transpose(lambda lhs: _blocks_as_channels(lhs, rhs, strides, padding)[0], rows)(blocks)
+    [lhs] = jax.linear_transpose(lambda lhs: _blocks_of_input(lhs, rhs.shape[:2], strides, padding), rows)(blocks)
     return lhs
 
 
 def _blocks_as_channels(lhs: Array, rhs: Array, strides: tuple[int, int], padding: Any) -> tuple[Array, Array]:
     """Input and kernel of the same convolution with stride 1 and without padding, on blocks of pixels as channels."""
-    places = [(lhs.shape[n + 1] + sum(padding[n]) - rhs.shape[n]) // strides[n] + 1 for n in (0, 1)]
-    taps = [-(-rhs.shape[n] // strides[n]) for n in (0, 1)]
-    blocks = [places[n] + taps[n] - 1 for n in (0, 1)]
+    return _blocks_of_input(lhs, rhs.shape[:2], strides, padding), _blocks_of_kernel(rhs, strides)
+
+
+def _blocks_of_input(lhs: Array, window: tuple[int, int], strides: tuple[int, int], padding: Any) -> Array:
+    places = [(lhs.shape[n + 1] + sum(padding[n]) - window[n]) // strides[n] + 1 for n in (0, 1)]
+    blocks = [places[n] - 1 - (-window[n] // strides[n]) for n in (0, 1)]
     after = [strides[n] * blocks[n] - lhs.shape[n + 1] - padding[n][0] for n in (0, 1)]
     edges = [(0, 0, 0), *((padding[n][0], after[n], 0) for n in (0, 1)), (0, 0, 0)]
     lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), edges)
-    rhs = jnp.pad(rhs, [(0, strides[n] * taps[n] - rhs.shape[n]) for n in (0, 1)] + [(0, 0), (0, 0)])
     (down, right), channels = strides, lhs.shape[3]
     lhs = lhs.reshape(-1, blocks[0], down, blocks[1], right * channels).transpose(0, 1, 3, 2, 4)
+    return lhs.reshape(-1, *blocks, down * right * channels)
+
+
+def _blocks_of_kernel(rhs: Array, strides: tuple[int, int]) -> Array:
+    (down, right), channels = strides, rhs.shape[2]
+    taps = [-(-rhs.shape[n] // strides[n]) for n in (0, 1)]
+    rhs = jnp.pad(rhs, [(0, strides[n] * taps[n] - rhs.shape[n]) for n in (0, 1)] + [(0, 0), (0, 0)])
     rhs = rhs.reshape(taps[0], down, taps[1], right * channels, -1).transpose(0, 2, 1, 3, 4)
-    size = down * right * channels
-    return lhs.reshape(-1, *blocks, size), rhs.reshape(*taps, size, -1)
+    return rhs.reshape(*taps, down * right * channels, -1)
 
 
 Conv = partial(nn.Conv, conv_general_dilated=conv_general_dilated)
