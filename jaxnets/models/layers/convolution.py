@@ -1,5 +1,6 @@
 """Convolution whose gradients are fast inside compiled loops as well."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -16,6 +17,9 @@ _NHWC = lax.conv_dimension_numbers((0, 0, 0, 0), (0, 0, 0, 0), ("NHWC", "HWIO", 
 
 _FEW_CHANNELS = 4
 """Up to how many a CPU multiplies matrices faster than it convolves."""
+
+_FEW_OUTPUTS = 8
+"""For up to how many it is better to compute four pixels at once, and for twice as many two."""
 
 _FEW_GROUPS = 8
 """Up to how many are faster as convolutions of their own on a CPU, which has no fast kernel for groups."""
@@ -71,49 +75,59 @@ def is_plain(dimension_numbers: Any, *ones: int) -> bool:
 
 @cache
 def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Array], Array]:
-    settings: dict[str, Any] = {
-        "window_strides": strides,
-        "padding": padding,
-        "rhs_dilation": rhs_dilation,
-        "precision": precision,
-    }
-    forward = partial(lax.conv_general_dilated, **settings)
+    settings: dict[str, Any] = {"rhs_dilation": rhs_dilation, "precision": precision}
     by_columns = partial(_by_columns, strides=strides, padding=padding, precision=precision)
     dense = rhs_dilation == (1, 1)
 
     def few(lhs, pixels=1):
         return dense and pixels * lhs.shape[3] <= _FEW_CHANNELS
 
+    def forward(lhs, rhs, swap=False):
+        width = lhs.shape[2] + sum(padding[1]) - rhs.shape[1] + 1
+        pixels = _pixels(width, *rhs.shape[2:]) if dense and strides == (1, 1) else 1
+        moves = settings | {"window_strides": (strides[0], strides[1] * pixels), "padding": padding}
+        rhs = _beside(rhs, pixels)
+        if swap:
+            # Batch and features change places.
+            lhs, rhs = lhs.transpose(3, 1, 2, 0), rhs.transpose(2, 0, 1, 3)
+            out = lax.conv_general_dilated(lhs, rhs, **moves, dimension_numbers=("CHWN", "IHWO", "HWNC"))
+            out = out.transpose(2, 0, 1, 3)
+        else:
+            out = lax.conv_general_dilated(lhs, rhs, **moves, dimension_numbers=_NHWC)
+        return out.reshape(*out.shape[:2], pixels * out.shape[2], -1)
+
     def of_input(lhs_dot, rhs):
         if few(lhs_dot):
             return by_columns(lhs_dot, rhs)
-        moves: dict[str, Any] = settings
-        if dense and strides != (1, 1):
-            # The transpose of a stride is a convolution of an array that is mostly zeros. Blocks as channels have none.
-            lhs_dot, rhs = _blocks_as_channels(lhs_dot, rhs, strides, padding)
-            moves = {"window_strides": (1, 1), "padding": "VALID", "precision": precision}
+        pixels, moves = 1, settings | {"window_strides": strides, "padding": padding}
+        if dense:
+            edges = padding
+            if strides != (1, 1):
+                # The transpose of a stride is a convolution of an array that is mostly zeros. Blocks have none.
+                lhs_dot, rhs = _blocks_as_channels(lhs_dot, rhs, strides, padding)
+                edges = ((0, 0), (0, 0))
+            pixels = _pixels(lhs_dot.shape[2], *rhs.shape[:1:-1])
+            lhs_dot = lhs_dot.reshape(*lhs_dot.shape[:2], -1, pixels * lhs_dot.shape[3])
+            edges = (edges[0], tuple(edge + pixels - 1 for edge in edges[1]))
+            moves = {"window_strides": (1, 1), "padding": edges, "lhs_dilation": (1, pixels), "precision": precision}
         # Its transpose swaps the kernel's I and O, from HWOI to HWIO, and reverses it: here already, for a loop's
         # convolution would do so in every round.
-        kernel = lax.rev(lax.optimization_barrier(lax.rev(rhs.transpose(0, 1, 3, 2), (0, 1))), (0, 1))
+        kernel = _beside(lax.rev(rhs.transpose(0, 1, 3, 2), (0, 1)), pixels)
+        kernel = lax.rev(lax.optimization_barrier(kernel), (0, 1))
         return lax.conv_general_dilated(lhs_dot, kernel, **moves, dimension_numbers=("NHWC", "HWOI", "NHWC"))
 
     def of_kernel(lhs, rhs_dot):
-        if few(lhs):
+        if few(lhs) and strides != (1, 1):
             return by_columns(lhs, rhs_dot)
         # Its transpose convolves the input with the output's cotangent, batch and features swapped: from here to
         # NHWC, HWIO -> NHWC.
-        swapped = forward(
-            lhs.transpose(3, 1, 2, 0), rhs_dot.transpose(2, 0, 1, 3), dimension_numbers=("CHWN", "IHWO", "HWNC")
-        )
-        return swapped.transpose(2, 0, 1, 3)
+        return forward(lhs, rhs_dot, swap=True)
 
     @jax.custom_jvp
     def convolve(lhs, rhs):
-        if strides == (1, 1) and few(lhs):
-            return _by_rows_of_pixels(lhs, rhs, padding, precision)
         if strides != (1, 1) and few(lhs, strides[0] * strides[1]):
             return by_columns(lhs, rhs)
-        return forward(lhs, rhs, dimension_numbers=_NHWC)
+        return forward(lhs, rhs)
 
     @partial(convolve.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
@@ -129,6 +143,21 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
     return convolve
 
 
+def _pixels(width: int, inputs: int, outputs: int) -> int:
+    """How many pixels side by side a CPU best computes at once, as channels of an image so many times narrower.
+
+    It copies the window of each pixel before it multiplies: for few outputs that takes longer than to multiply.
+    """
+    few = 4 * _FEW_OUTPUTS if inputs <= _FEW_CHANNELS else _FEW_OUTPUTS
+    return math.gcd(width, 4 if outputs <= few else 2 if outputs <= 2 * few else 1)
+
+
+def _beside(rhs: Array, pixels: int) -> Array:
+    """The kernel ``[h, w, C, D]`` for so many pixels side by side: ``[h, w + pixels - 1, C, pixels D]``."""
+    shifted = [jnp.pad(rhs, ((0, 0), (n, pixels - 1 - n), (0, 0), (0, 0))) for n in range(pixels)]
+    return jnp.concatenate(shifted, axis=3)
+
+
 def _by_columns(lhs: Array, rhs: Array, *, strides: tuple[int, int], padding: Any, precision: Any) -> Array:
     """The convolution as a product of matrices, with a row for each window: for few channels, the fastest on a CPU."""
     blocks, kernel = _blocks_as_channels(lhs, rhs, strides, padding)
@@ -136,18 +165,6 @@ def _by_columns(lhs: Array, rhs: Array, *, strides: tuple[int, int], padding: An
     height, width = blocks.shape[1] - down + 1, blocks.shape[2] - right + 1
     taps = [blocks[:, i : i + height, j : j + width] for i in range(down) for j in range(right)]
     return jnp.dot(jnp.concatenate(taps, axis=3), kernel.reshape(-1, features), precision=precision)
-
-
-def _by_rows_of_pixels(lhs: Array, rhs: Array, padding: Any, precision: Any) -> Array:
-    """The convolution of stride 1 with four pixels of its output as channels, or two: fewer and larger windows."""
-    down, right, channels, features = rhs.shape
-    height = lhs.shape[1] + sum(padding[0]) - down + 1
-    width = lhs.shape[2] + sum(padding[1]) - right + 1
-    pixels = next(count for count in (4, 2, 1) if width % count == 0)
-    shifted = [jnp.pad(rhs, ((0, 0), (n, pixels - 1 - n), (0, 0), (0, 0))) for n in range(pixels)]
-    kernel = jnp.stack(shifted, axis=3).reshape(down, -1, channels, pixels * features)
-    out = lax.conv_general_dilated(lhs, kernel, (1, pixels), padding, precision=precision, dimension_numbers=_NHWC)
-    return out.reshape(-1, height, width, features)
 
 
 def pulled_back(
