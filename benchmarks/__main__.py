@@ -30,7 +30,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """A line a work and side as they are done, and the page at the end."""
+    """A line a work and side as they are done, and the page so far."""
     unknown = sorted(set(settings.sides) - set(SIDES))
     if unknown or "jaxnets" not in settings.sides:
         raise SystemExit(
@@ -40,14 +40,11 @@ def main(settings: Settings) -> None:
         works = [parse(work) for work in settings.works]
     except ValueError as error:
         raise SystemExit(f"benchmarks: {error}") from None
-    rates = limit.measured()
-    rows = speed.measure(works, settings.sides, rates, rounds=settings.rounds, data_dir=settings.data_dir, on_row=_tell)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    report.speed_picture(settings.out / "speed.png", rows)
-    heading = report.heading(rates, settings.rounds)
-    (settings.out / "RESULTS.md").write_text(
-        f"# Results\n\n{heading}\n\n{report.speed_table(rows)}\n\n![](speed.png)\n"
-    )
+    rates, rows = limit.measured(), []
+    for row in speed.measure(works, settings.sides, rates, rounds=settings.rounds, data_dir=settings.data_dir):
+        _tell(row)
+        rows.append(row)
+        report.write(settings.out, rates, settings.rounds, rows)
     print(f"written: {settings.out}/RESULTS.md, speed.png")
 
 

@@ -17,6 +17,14 @@ from benchmarks.speed import Row
 PACKAGES = ("jax", "flax", "torch", "foolbox", "torchattacks", "adversarial-robustness-toolbox", "cleverhans")
 
 
+def write(folder: Path, rates: Rates, rounds: int, rows: Sequence[Row]) -> None:
+    """``RESULTS.md`` and ``speed.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    speed_picture(folder / "speed.png", rows)
+    page = f"# Results\n\n{heading(rates, rounds)}\n\n{speed_table(rows)}\n\n![](speed.png)\n"
+    (folder / "RESULTS.md").write_text(page)
+
+
 def machine() -> str:
     """The processors, or the accelerators, that jax computes on."""
     if jax.default_backend() != "cpu":

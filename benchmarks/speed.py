@@ -1,6 +1,6 @@
 """All sides on the same work, in turns: medians with their spread, beside the least time that the work could take."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,28 +42,19 @@ class Row(NamedTuple):
 
 
 def measure(
-    works: Sequence[Work],
-    sides: Sequence[str],
-    rates: limit.Rates,
-    *,
-    rounds: int,
-    data_dir: Path | None = None,
-    on_row: Callable[[Row], None] = lambda row: None,
-) -> list[Row]:
+    works: Iterable[Work], sides: Sequence[str], rates: limit.Rates, *, rounds: int, data_dir: Path | None = None
+) -> Iterator[Row]:
     """Each work by each side: one call that compiles, then ``rounds`` in turns."""
-    least = [_limit(work, rates, data_dir) for work in works]
-    started = [Side(name, data_dir=data_dir) for name in sides]
-    rows = []
+    started = {name: Side(name, data_dir=data_dir) for name in sides}
     try:
-        for work, seconds in zip(works, least, strict=True):
-            answers = [[side.ask(work) for side in started] for _ in range(1 + rounds)]
-            by_side = {name: _timing(found) for name, found in zip(sides, zip(*answers, strict=True), strict=True)}
-            rows.append(Row(work, seconds, by_side))
-            on_row(rows[-1])
+        for work in works:
+            least = _limit(work, rates, data_dir)
+            answers = [[side.ask(work) for side in started.values()] for _ in range(1 + rounds)]
+            by_side = {name: _timing(found) for name, found in zip(started, zip(*answers, strict=True), strict=True)}
+            yield Row(work, least, by_side)
     finally:
-        for side in started:
+        for side in started.values():
             side.close()
-    return rows
 
 
 def _limit(work: Work, rates: limit.Rates, data_dir: Path | None) -> float | None:
