@@ -5,7 +5,18 @@ training, TRADES and MART more robust, TRADES with it the most.
 
 Command: ``python -m experiments.cifar10_trades_awp`` for a narrow network, a tenth of the data, PGD-5 instead of PGD-10
 and no MART on a CPU; ``--form full --peak 0.1`` for the published size on a GPU (not run).
-Hardware: not run yet.
+Hardware: two cores of an AMD EPYC, jax 0.10.2, 23 minutes of training while other work ran on them. Rebuilt CIFAR-10,
+seed 0, 250 test rows; seconds of training::
+
+                        clean      PGD-20  AutoAttack  seconds
+    adversarial         29.2%       25.2%       21.6%      214
+    adversarial, awp    26.4%       20.0%       16.4%      283
+    trades              40.4%       24.8%       20.8%      357
+    trades, awp         32.4%       20.8%       16.8%      508
+
+TRADES is as robust as adversarial training and keeps 11 points more of clean accuracy. What perturbed weights are for,
+robust overfitting, does not happen in eight epochs (nor in 40 epochs of 1,000 rows, where a quarter of the training rows
+withstand PGD-5): here they only slow training down, and the published order of the two is not shown.
 
 Published, ResNet-18 under AutoAttack (one library, same settings): adversarial 48.7, TRADES 49.5, MART 47.5; with AWP
 50.8, 51.6, 50.0.
