@@ -15,8 +15,8 @@ seed 0, 250 test rows; seconds of training::
     trades, awp         32.4%       20.8%       16.8%      508
 
 TRADES is as robust as adversarial training and keeps 11 points more of clean accuracy. What perturbed weights are for,
-robust overfitting, does not happen in eight epochs (nor in 40 epochs of 1,000 rows, where a quarter of the training rows
-withstand PGD-5): here they only slow training down, and the published order of the two is not shown.
+robust overfitting, does not happen in eight epochs (nor in 40 epochs of 1,000 rows, after which a quarter of these rows
+withstands PGD-5): here they only slow training down, and the published order of the two is not shown.
 
 Published, ResNet-18 under AutoAttack (one library, same settings): adversarial 48.7, TRADES 49.5, MART 47.5; with AWP
 50.8, 51.6, 50.0.

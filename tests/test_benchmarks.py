@@ -102,6 +102,13 @@ def test_the_limit_counts_gradients(loaded):
     assert limit.Cost(1.0, 6.0).seconds(limit.Rates(2.0, 1.0)) == 6.0
 
 
+def test_the_limit_counts_no_products_with_zeros():
+    """Which a convolution with few outputs has on a CPU."""
+    convolve = lambda x, k: jn.models.layers.conv_general_dilated(x, k, (1, 1), "VALID")  # noqa: E731
+    found = limit.cost(convolve, jnp.zeros((2, 8, 10, 6)), jnp.zeros((3, 3, 6, 8)))
+    assert found.flops == 2 * (2 * 6 * 8 * 8) * (3 * 3 * 6)
+
+
 def test_a_side_answers_from_its_own_process():
     side = Side("jaxnets")
     try:

@@ -217,7 +217,7 @@ def pool_input(height, width, dtype=np.float64):
     return random.permutation(values).reshape(2, height, width, 3).astype(dtype)
 
 
-@pytest.mark.parametrize("window", [(2, 2), (3, 2)])
+@pytest.mark.parametrize("window", [(2, 2), (3, 2), (1, 1)])
 @pytest.mark.parametrize("size", [(6, 4), (7, 5)])
 @pytest.mark.parametrize("name", ["max_pool", "avg_pool"])
 def test_pooling_and_its_derivatives(name, size, window, x64):

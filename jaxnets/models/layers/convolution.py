@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
+from jaxnets.models.layers.bilinear import bilinear
 from jaxnets.types import Array
 
 _NHWC = lax.conv_dimension_numbers((0, 0, 0, 0), (0, 0, 0, 0), ("NHWC", "HWIO", "NHWC"))
@@ -84,7 +84,7 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
 
     def forward(lhs, rhs, swap=False):
         width = lhs.shape[2] + sum(padding[1]) - rhs.shape[1] + 1
-        pixels = _pixels(width, *rhs.shape[2:]) if dense and strides == (1, 1) else 1
+        pixels = _pixels(width, rhs) if dense and strides == (1, 1) else 1
         moves = settings | {"window_strides": (strides[0], strides[1] * pixels), "padding": padding}
         rhs = _beside(rhs, pixels)
         if swap:
@@ -99,22 +99,23 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
     def of_input(lhs_dot, rhs):
         if few(lhs_dot):
             return by_columns(lhs_dot, rhs)
-        pixels, moves = 1, settings | {"window_strides": strides, "padding": padding}
-        if dense:
-            edges = padding
-            if strides != (1, 1):
-                # The transpose of a stride is a convolution of an array that is mostly zeros. Blocks have none.
-                lhs_dot, rhs = _blocks_as_channels(lhs_dot, rhs, strides, padding)
-                edges = ((0, 0), (0, 0))
-            pixels = _pixels(lhs_dot.shape[2], *rhs.shape[:1:-1])
-            lhs_dot = lhs_dot.reshape(*lhs_dot.shape[:2], -1, pixels * lhs_dot.shape[3])
-            edges = (edges[0], tuple(edge + pixels - 1 for edge in edges[1]))
-            moves = {"window_strides": (1, 1), "padding": edges, "lhs_dilation": (1, pixels), "precision": precision}
-        # Its transpose swaps the kernel's I and O, from HWOI to HWIO, and reverses it: here already, for a loop's
+        if dense and strides != (1, 1):
+            # The transpose of a stride is a convolution of an array that is mostly zeros. Blocks have none.
+            lhs_dot, rhs = _blocks_as_channels(lhs_dot, rhs, strides, padding)
+            moves = settings | {"window_strides": (1, 1), "padding": ((0, 0), (0, 0))}
+        else:
+            moves = settings | {"window_strides": strides, "padding": padding}
+        # The transpose swaps the kernel's I and O, from HWOI to HWIO, and reverses it: here already, for a loop's
         # convolution would do so in every round.
-        kernel = _beside(lax.rev(rhs.transpose(0, 1, 3, 2), (0, 1)), pixels)
-        kernel = lax.rev(lax.optimization_barrier(kernel), (0, 1))
-        return lax.conv_general_dilated(lhs_dot, kernel, **moves, dimension_numbers=("NHWC", "HWOI", "NHWC"))
+        kernel = lax.rev(rhs.transpose(0, 1, 3, 2), (0, 1))
+        pixels = _pixels(lhs_dot.shape[2], kernel) if dense else 1
+        kernel = lax.rev(lax.optimization_barrier(_beside(kernel, pixels)), (0, 1))
+        lhs_dot = lhs_dot.reshape(*lhs_dot.shape[:2], -1, pixels * lhs_dot.shape[3])
+        above_below, edges = moves["padding"]
+        moves["padding"] = above_below, tuple(edge + pixels - 1 for edge in edges)
+        return lax.conv_general_dilated(
+            lhs_dot, kernel, **moves, lhs_dilation=(1, pixels), dimension_numbers=("NHWC", "HWOI", "NHWC")
+        )
 
     def of_kernel(lhs, rhs_dot):
         if few(lhs) and strides != (1, 1):
@@ -123,33 +124,22 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
         # NHWC, HWIO -> NHWC.
         return forward(lhs, rhs_dot, swap=True)
 
-    @jax.custom_jvp
     def convolve(lhs, rhs):
         if strides != (1, 1) and few(lhs, strides[0] * strides[1]):
             return by_columns(lhs, rhs)
         return forward(lhs, rhs)
 
-    @partial(convolve.defjvp, symbolic_zeros=True)
-    def _(primals, tangents):
-        (lhs, rhs), (lhs_dot, rhs_dot) = primals, tangents
-        out = convolve(lhs, rhs)
-        parts = []
-        if not isinstance(lhs_dot, SymbolicZero):
-            parts.append(of_input(lhs_dot, rhs))
-        if not isinstance(rhs_dot, SymbolicZero):
-            parts.append(of_kernel(lhs, rhs_dot))
-        return out, sum(parts[1:], start=parts[0])
-
-    return convolve
+    return bilinear(convolve, of_input, of_kernel)
 
 
-def _pixels(width: int, inputs: int, outputs: int) -> int:
+def _pixels(width: int, rhs: Array) -> int:
     """How many pixels side by side a CPU best computes at once, as channels of an image so many times narrower.
 
     It copies the window of each pixel before it multiplies: for few outputs that takes longer than to multiply.
     """
+    _, across, inputs, outputs = rhs.shape
     few = 4 * _FEW_OUTPUTS if inputs <= _FEW_CHANNELS else _FEW_OUTPUTS
-    return math.gcd(width, 4 if outputs <= few else 2 if outputs <= 2 * few else 1)
+    return math.gcd(width, 1 if across == 1 or outputs > 2 * few else 2 if outputs > few else 4)
 
 
 def _beside(rhs: Array, pixels: int) -> Array:
@@ -197,7 +187,7 @@ def _blocks_as_channels(lhs: Array, rhs: Array, strides: tuple[int, int], paddin
     return _blocks_of_input(lhs, rhs.shape[:2], strides, padding), _blocks_of_kernel(rhs, strides)
 
 
-def _blocks_of_input(lhs: Array, window: tuple[int, int], strides: tuple[int, int], padding: Any) -> Array:
+def _blocks_of_input(lhs: Array, window: tuple[int, ...], strides: tuple[int, int], padding: Any) -> Array:
     places = [(lhs.shape[n + 1] + sum(padding[n]) - window[n]) // strides[n] + 1 for n in (0, 1)]
     blocks = [places[n] - 1 - (-window[n] // strides[n]) for n in (0, 1)]
     after = [strides[n] * blocks[n] - lhs.shape[n + 1] - padding[n][0] for n in (0, 1)]

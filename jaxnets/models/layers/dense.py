@@ -6,8 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
+from jaxnets.models.layers.bilinear import Product, bilinear
 from jaxnets.types import Array
 
 
@@ -33,26 +33,15 @@ def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any =
 
 
 @cache
-def _product(precision: Any) -> Any:
+def _product(precision: Any) -> Product:
     def multiply(lhs: Array, rhs: Array, contracted: int = 0) -> Array:
         return lax.dot_general(lhs, rhs, (((lhs.ndim - 1,), (contracted,)), ((), ())), precision=precision)
 
-    @jax.custom_jvp
-    def product(lhs: Array, rhs: Array) -> Array:
-        return multiply(lhs, rhs)
+    def of_lhs(lhs_dot: Array, rhs: Array) -> Array:
+        # The barrier keeps XLA from reading the transpose where it lies.
+        return multiply(lhs_dot, lax.optimization_barrier(rhs.T), contracted=1)
 
-    @partial(product.defjvp, symbolic_zeros=True)
-    def _(primals: Any, tangents: Any) -> Any:
-        (lhs, rhs), (lhs_dot, rhs_dot) = primals, tangents
-        parts = []
-        if not isinstance(lhs_dot, SymbolicZero):
-            # The barrier keeps XLA from reading the transpose where it lies.
-            parts.append(multiply(lhs_dot, lax.optimization_barrier(rhs.T), contracted=1))
-        if not isinstance(rhs_dot, SymbolicZero):
-            parts.append(multiply(lhs, rhs_dot))
-        return product(lhs, rhs), sum(parts[1:], start=parts[0])
-
-    return product
+    return bilinear(multiply, of_lhs, multiply)
 
 
 Dense = partial(nn.Dense, dot_general=dot_general)

@@ -118,7 +118,8 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     [windows], [windows_dot] = primals, tangents
     height, width = windows.shape[2], windows.shape[4]
     places = np.arange(height * width, dtype=np.min_scalar_type(height * width))
-    [largest, *later], place = _by_place(windows), places[0]
+    largest, *later = _by_place(windows)
+    place = jnp.zeros(largest.shape, places.dtype)
     for number, entry in zip(places[1:], later, strict=True):
         larger = (entry > largest) | jnp.isnan(entry)
         largest, place = jnp.where(larger, entry, largest), jnp.where(larger, number, place)
