@@ -49,7 +49,10 @@ def main(settings: Settings) -> None:
 
 
 def _tell(row: speed.Row) -> None:
-    print(f"{row.work}   limit {row.limit or float('nan'):.3f} s")
+    least = (
+        "" if row.limit is None else f"   arithmetic {row.limit.arithmetic:.3f} s, traffic {row.limit.traffic:.3f} s"
+    )
+    print(f"{row.work}{least}")
     for side, timing in row.sides.items():
         times = (
             f"{row.ratio(side):6.2f}x {timing.median:9.3f} s, first {timing.first:.3f} s, left {timing.survivors:.1%}"

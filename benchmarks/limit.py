@@ -22,6 +22,13 @@ class Rates(NamedTuple):
     bytes: float
 
 
+class Seconds(NamedTuple):
+    """The least that operations take, and the least that bytes take which go to memory; those in caches take less."""
+
+    arithmetic: float
+    traffic: float
+
+
 class Cost(NamedTuple):
     """Floating-point operations, and bytes read and written."""
 
@@ -34,9 +41,8 @@ class Cost(NamedTuple):
     def plus(self, other: "Cost") -> "Cost":
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
-    def seconds(self, rates: Rates) -> float:
-        """The larger of the two times: what computes may also read."""
-        return max(self.flops / rates.flops, self.bytes / rates.bytes)
+    def seconds(self, rates: Rates) -> "Seconds":
+        return Seconds(self.flops / rates.flops, self.bytes / rates.bytes)
 
 
 def cost(function: Callable[..., Any], *arguments: Any) -> Cost:

@@ -30,10 +30,10 @@ class Timing(NamedTuple):
 
 
 class Row(NamedTuple):
-    """All sides on one work; ``limit`` in seconds, None where the arithmetic of the work is not fixed."""
+    """All sides on one work, and its ``limit``; None where the arithmetic of the work is not fixed."""
 
     work: Work
-    limit: float | None
+    limit: limit.Seconds | None
     sides: dict[str, Timing]
 
     def ratio(self, side: str) -> float:
@@ -57,7 +57,7 @@ def measure(
             side.close()
 
 
-def _limit(work: Work, rates: limit.Rates, data_dir: Path | None) -> float | None:
+def _limit(work: Work, rates: limit.Rates, data_dir: Path | None) -> limit.Seconds | None:
     cost = limit.of_work(work, networks.load(work.network, data_dir=data_dir, rows=work.rows))
     return cost.seconds(rates) if cost else None
 

@@ -70,7 +70,8 @@ def on(network: str, rows: int, *works: str) -> list[Work]:
 PGD = ("pgd-10 linf", "pgd-40 linf", "pgd-10 l2", "pgd-40 l2")
 TRAINING = ("train-pgd-7 linf", "train-trades-10 linf", "train-fgsm linf")
 ON_CPU = [
-    *on("small_cnn", 512, *PGD, "apgd-100 linf", "cw-100 l2", "square-1000 linf", "autoattack linf", *TRAINING),
+    *on("small_cnn", 512, *PGD, "apgd-100 linf", "cw-100 l2", "square-1000 linf", *TRAINING),
+    *on("small_cnn", 256, "autoattack linf"),
     *on("madry_cnn", 128, *PGD, "apgd-100 linf", "cw-100 l2", *TRAINING),
     *on("resnet18_16", 64, *PGD, "apgd-100 linf", *TRAINING),
     *on("resnet18_64", 16, "pgd-10 linf", "pgd-10 l2", *TRAINING),

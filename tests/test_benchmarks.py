@@ -98,8 +98,7 @@ def test_the_limit_counts_gradients(loaded):
     # The first convolution has no gradient by its input.
     np.testing.assert_allclose(trained.flops - ten.flops, 3 * forward - 2 * 4 * first, rtol=0.05)
     assert limit.of_work(work.parse("madry_cnn autoattack linf 4"), found) is None
-    assert limit.Cost(6.0, 1.0).seconds(limit.Rates(2.0, 1.0)) == 3.0
-    assert limit.Cost(1.0, 6.0).seconds(limit.Rates(2.0, 1.0)) == 6.0
+    assert limit.Cost(6.0, 1.0).seconds(limit.Rates(2.0, 4.0)) == (3.0, 0.25)
 
 
 def test_the_limit_counts_no_products_with_zeros():
@@ -127,7 +126,7 @@ def test_the_page_shows_what_was_measured(tmp_path):
     ours = speed._timing([Answer(9.0, 0.5)] + [Answer(s, 0.5) for s in (1.0, 3.0, 2.0)])
     theirs = speed._timing([Answer(5.0, 0.6)] + [Answer(s, 0.6) for s in (5.0, 4.0, 9.0)])
     lacking = speed._timing([Answer(missing="not offered")] * 4)
-    row = speed.Row(done, 0.5, {"jaxnets": ours, "by_hand": theirs, "art": lacking})
+    row = speed.Row(done, limit.Seconds(0.5, 0.1), {"jaxnets": ours, "by_hand": theirs, "art": lacking})
     assert row.ratio("by_hand") == 2.5
     report.write(tmp_path, limit.Rates(1.5e11, 2e10), 3, [row._replace(limit=None), row])
     page = (tmp_path / "RESULTS.md").read_text()
@@ -137,7 +136,7 @@ def test_the_page_shows_what_was_measured(tmp_path):
     for said in (
         "small_cnn pgd-40 linf",
         "512",
-        "0.5 (4.0)",
+        "0.5 (4.0) | 0.1 (20.0)",
         "| 9 |",
         "2 (1-3), 50.0% left",
         "**2.50x** 5 (4-9)",
