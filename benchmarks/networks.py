@@ -6,7 +6,7 @@ a random start at 8/255. The others have random weights, for what takes the same
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +63,9 @@ class Loaded(NamedTuple):
         return self.net.logits_fn(self.params, self.stats)
 
 
+@lru_cache(maxsize=1)
 def load(name: str, *, data_dir: Path | None = None, rows: int = 1000) -> Loaded:
-    """The network, trained first if it is one of those that are and was not, and so many rows."""
+    """The network, trained first if it is one of those that are and was not, and so many rows. The last is kept."""
     network = NETWORKS[name]
     net = jn.from_linen(network.module)
     if network.training is None:
