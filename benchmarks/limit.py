@@ -66,7 +66,7 @@ def of_work(work: Work, loaded: Loaded) -> Cost | None:
     x, y, model = jnp.asarray(loaded.x), jnp.asarray(loaded.y), loaded.model
     by_input = cost(jax.grad(lambda x: jnp.sum(jn.losses.cross_entropy(model(x), y))), x)
     if work.method == "train-trades":
-        trades = jn.objectives.trades(loaded.net, lambda key, model, x, y: x)
+        trades = jn.objectives.trades(loaded.net, lambda key, model, x, y, **settings: x)
         return by_input.times(work.steps).plus(_of_objective(trades, loaded))
     if work.trains:
         steps = work.steps or 1

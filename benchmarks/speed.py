@@ -42,13 +42,14 @@ class Row(NamedTuple):
 
 
 def measure(
-    works: Iterable[Work], sides: Sequence[str], rates: limit.Rates, *, rounds: int, data_dir: Path | None = None
+    works: Sequence[Work], sides: Sequence[str], rates: limit.Rates, *, rounds: int, data_dir: Path | None = None
 ) -> Iterator[Row]:
     """Each work by each side: one call that compiles, then ``rounds`` in turns."""
+    # First, for what cannot be done should show before hours of what can.
+    limits = [_limit(work, rates, data_dir) for work in works]
     started = {name: Side(name, data_dir=data_dir) for name in sides}
     try:
-        for work in works:
-            least = _limit(work, rates, data_dir)
+        for work, least in zip(works, limits, strict=True):
             answers = [[side.ask(work) for side in started.values()] for _ in range(1 + rounds)]
             by_side = {name: _timing(found) for name, found in zip(started, zip(*answers, strict=True), strict=True)}
             yield Row(work, least, by_side)

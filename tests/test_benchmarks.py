@@ -97,6 +97,8 @@ def test_the_limit_counts_gradients(loaded):
     trained = limit.of_work(work.parse("madry_cnn train-pgd-10 linf 4"), found)
     # The first convolution has no gradient by its input.
     np.testing.assert_allclose(trained.flops - ten.flops, 3 * forward - 2 * 4 * first, rtol=0.05)
+    trades = limit.of_work(work.parse("madry_cnn train-trades-10 linf 4"), found)
+    np.testing.assert_allclose(trades.flops - ten.flops, 2 * (trained.flops - ten.flops), rtol=0.05)
     assert limit.of_work(work.parse("madry_cnn autoattack linf 4"), found) is None
     assert limit.Cost(6.0, 1.0).seconds(limit.Rates(2.0, 4.0)) == (3.0, 0.25)
 

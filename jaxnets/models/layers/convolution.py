@@ -15,6 +15,8 @@ from jaxnets.types import Array
 
 _NHWC = lax.conv_dimension_numbers((0, 0, 0, 0), (0, 0, 0, 0), ("NHWC", "HWIO", "NHWC"))
 
+_NO_PADDING = ((0, 0), (0, 0))
+
 _FEW_CHANNELS = 4
 """Up to how many a CPU multiplies matrices faster than it convolves."""
 
@@ -76,25 +78,12 @@ def is_plain(dimension_numbers: Any, *ones: int) -> bool:
 @cache
 def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Array], Array]:
     settings: dict[str, Any] = {"rhs_dilation": rhs_dilation, "precision": precision}
+    convolved = partial(_convolved, **settings)
     by_columns = partial(_by_columns, strides=strides, padding=padding, precision=precision)
     dense = rhs_dilation == (1, 1)
 
     def few(lhs, pixels=1):
         return dense and pixels * lhs.shape[3] <= _FEW_CHANNELS
-
-    def forward(lhs, rhs, swap=False):
-        width = lhs.shape[2] + sum(padding[1]) - rhs.shape[1] + 1
-        pixels = _pixels(width, rhs) if dense and strides == (1, 1) else 1
-        moves = settings | {"window_strides": (strides[0], strides[1] * pixels), "padding": padding}
-        rhs = _beside(rhs, pixels)
-        if swap:
-            # Batch and features change places.
-            lhs, rhs = lhs.transpose(3, 1, 2, 0), rhs.transpose(2, 0, 1, 3)
-            out = lax.conv_general_dilated(lhs, rhs, **moves, dimension_numbers=("CHWN", "IHWO", "HWNC"))
-            out = out.transpose(2, 0, 1, 3)
-        else:
-            out = lax.conv_general_dilated(lhs, rhs, **moves, dimension_numbers=_NHWC)
-        return out.reshape(*out.shape[:2], pixels * out.shape[2], -1)
 
     def of_input(lhs_dot, rhs):
         if few(lhs_dot):
@@ -102,7 +91,7 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
         if dense and strides != (1, 1):
             # The transpose of a stride is a convolution of an array that is mostly zeros. Blocks have none.
             lhs_dot, rhs = _blocks_as_channels(lhs_dot, rhs, strides, padding)
-            moves = settings | {"window_strides": (1, 1), "padding": ((0, 0), (0, 0))}
+            moves = settings | {"window_strides": (1, 1), "padding": _NO_PADDING}
         else:
             moves = settings | {"window_strides": strides, "padding": padding}
         # The transpose swaps the kernel's I and O, from HWOI to HWIO, and reverses it: here already, for a loop's
@@ -118,18 +107,35 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
         )
 
     def of_kernel(lhs, rhs_dot):
-        if few(lhs) and strides != (1, 1):
-            return by_columns(lhs, rhs_dot)
         # Its transpose convolves the input with the output's cotangent, batch and features swapped: from here to
         # NHWC, HWIO -> NHWC.
-        return forward(lhs, rhs_dot, swap=True)
+        if few(lhs) and strides != (1, 1):
+            return convolved(*_blocks_as_channels(lhs, rhs_dot, strides, padding), (1, 1), _NO_PADDING, swap=True)
+        return convolved(lhs, rhs_dot, strides, padding, swap=True)
 
     def convolve(lhs, rhs):
         if strides != (1, 1) and few(lhs, strides[0] * strides[1]):
             return by_columns(lhs, rhs)
-        return forward(lhs, rhs)
+        return convolved(lhs, rhs, strides, padding)
 
     return bilinear(convolve, of_input, of_kernel)
+
+
+def _convolved(
+    lhs: Array, rhs: Array, strides: Any, padding: Any, *, rhs_dilation: Any, precision: Any, swap: bool = False
+) -> Array:
+    """The convolution; ``swap`` has batch and features change places in what is computed, not in the result."""
+    width = lhs.shape[2] + sum(padding[1]) - rhs.shape[1] + 1
+    pixels = _pixels(width, rhs) if strides == rhs_dilation == (1, 1) else 1
+    rhs, numbers = _beside(rhs, pixels), _NHWC
+    if swap:
+        lhs, rhs, numbers = lhs.transpose(3, 1, 2, 0), rhs.transpose(2, 0, 1, 3), ("CHWN", "IHWO", "HWNC")
+    strides = strides[0], strides[1] * pixels
+    out = lax.conv_general_dilated(
+        lhs, rhs, strides, padding, rhs_dilation=rhs_dilation, dimension_numbers=numbers, precision=precision
+    )
+    out = out.transpose(2, 0, 1, 3) if swap else out
+    return out.reshape(*out.shape[:2], pixels * out.shape[2], -1)
 
 
 def _pixels(width: int, rhs: Array) -> int:
