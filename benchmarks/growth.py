@@ -139,6 +139,8 @@ def draw(path: Path, found: dict[str, list[Point]]) -> None:
         sizes, times, memory = zip(*points, strict=True)
         for place, values, label in ((above, times, "seconds"), (below, np.divide(memory, 2**20), "MiB")):
             place.loglog(sizes, values, "o-")
+            place.set_xticks(sizes, map(str, sizes))
+            place.xaxis.minorticks_off()
             place.set_title(f"{label}: exponent {exponent(sizes, values)}", fontsize=9)
             place.grid(alpha=0.3)
         below.set_xlabel(name)
