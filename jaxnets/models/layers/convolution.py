@@ -88,22 +88,21 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
     def of_input(lhs_dot, rhs):
         if few(lhs_dot):
             return by_columns(lhs_dot, rhs)
+        moved, edges = strides, padding
         if dense and strides != (1, 1):
             # The transpose of a stride is a convolution of an array that is mostly zeros. Blocks have none.
             lhs_dot, rhs = _blocks_as_channels(lhs_dot, rhs, strides, padding)
-            moves = settings | {"window_strides": (1, 1), "padding": _NO_PADDING}
-        else:
-            moves = settings | {"window_strides": strides, "padding": padding}
+            moved, edges = (1, 1), _NO_PADDING
         # The transpose swaps the kernel's I and O, from HWOI to HWIO, and reverses it: here already, for a loop's
         # convolution would do so in every round.
         kernel = lax.rev(rhs.transpose(0, 1, 3, 2), (0, 1))
         pixels = _pixels(lhs_dot.shape[2], kernel) if dense else 1
         kernel = lax.rev(lax.optimization_barrier(_beside(kernel, pixels)), (0, 1))
         lhs_dot = lhs_dot.reshape(*lhs_dot.shape[:2], -1, pixels * lhs_dot.shape[3])
-        above_below, edges = moves["padding"]
-        moves["padding"] = above_below, tuple(edge + pixels - 1 for edge in edges)
+        above_below, (left, right) = edges
+        edges = above_below, (left + pixels - 1, right + pixels - 1)
         return lax.conv_general_dilated(
-            lhs_dot, kernel, **moves, lhs_dilation=(1, pixels), dimension_numbers=("NHWC", "HWOI", "NHWC")
+            lhs_dot, kernel, moved, edges, (1, pixels), **settings, dimension_numbers=("NHWC", "HWOI", "NHWC")
         )
 
     def of_kernel(lhs, rhs_dot):

@@ -121,7 +121,7 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     largest, *later = _by_place(windows)
     place = jnp.zeros(largest.shape, places.dtype)
     for number, entry in zip(places[1:], later, strict=True):
-        larger = (entry > largest) | jnp.isnan(entry)
+        larger = _is_larger(entry, largest)
         largest, place = jnp.where(larger, entry, largest), jnp.where(larger, number, place)
     places = places.reshape(height, 1, width, 1)
     chosen = jnp.where(place[:, :, None, :, None] == places, windows_dot, 0)
@@ -134,7 +134,11 @@ def _largest(entries: list[Array]) -> Array:
     Not by `jnp.max`: its gradient goes to the entries that equal the maximum, and where a compiler computes both anew
     in different fusions they differ by a rounding error, and gradients are lost.
     """
-    return reduce(lambda best, entry: jnp.where((entry > best) | jnp.isnan(entry), entry, best), entries)
+    return reduce(lambda best, entry: jnp.where(_is_larger(entry, best), entry, best), entries)
+
+
+def _is_larger(entry: Array, best: Array) -> Array:
+    return (entry > best) | jnp.isnan(entry)
 
 
 def _check_filled(length: int, window: int, stride: int, padding: Pair) -> None:
