@@ -17,6 +17,7 @@ from jaxnets.models.layers import (
     identity,
     local_response_norm,
     max_pool,
+    relu,
     remat_if,
 )
 from jaxnets.types import Array
@@ -142,7 +143,7 @@ class AuxiliaryHead(nn.Module):
         x = ConvBlock(self.features, 1, norm=self.form.norm, dtype=self.dtype, name="conv")(
             self.form.head_pool(x), train
         )
-        x = nn.relu(Dense(self.hidden, dtype=self.dtype, name="fc1")(flatten(x)))
+        x = relu(Dense(self.hidden, dtype=self.dtype, name="fc1")(flatten(x)))
         x = nn.Dropout(0.7, deterministic=not train)(x)
         return Dense(self.classes, dtype=self.dtype, name="fc2")(x)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from jaxnets.models.layers import Conv, Dense, avg_pool, conv_general_dilated, flatten, in_turn, max_pool
+from jaxnets.models.layers import Conv, Dense, avg_pool, conv_general_dilated, flatten, in_turn, max_pool, relu
 from jaxnets.types import Array
 
 # Which of the six maps of S2 each of the sixteen maps of C3 sees: the paper's table I.
@@ -124,7 +124,7 @@ class LeNet5(nn.Module):
     def modern(cls, classes: int = 10, **settings: Any) -> "LeNet5":
         """ReLU, max-pooling, a full third layer and a dense output: 61,706 parameters on 28x28x1."""
         return cls(
-            activation=nn.relu,
+            activation=relu,
             subsampling=lambda dtype: max_pool,
             c3=partial(Conv, 16, (5, 5), padding="VALID"),
             output=partial(Dense, classes),

@@ -5,7 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxnets.models.layers import Conv, Dense, flatten, in_turn, max_pool
+from jaxnets.models.layers import Conv, Dense, flatten, in_turn, max_pool, relu
 from jaxnets.types import Array
 
 
@@ -41,7 +41,7 @@ class MadryCNN(nn.Module):
             "dtype": self.dtype,
         }
         layer, conv = partial(in_turn, self, self.remat), partial(Conv, kernel_size=(5, 5), **settings)
-        x = layer(x, conv1=lambda x: nn.relu(conv(32)(x)), pool1=max_pool)
-        x = layer(x, conv2=lambda x: nn.relu(conv(64)(x)), pool2=max_pool)
-        x = layer(flatten(x), fc1=lambda x: nn.relu(Dense(1024, **settings)(x)))
+        x = layer(x, conv1=lambda x: relu(conv(32)(x)), pool1=max_pool)
+        x = layer(x, conv2=lambda x: relu(conv(64)(x)), pool2=max_pool)
+        x = layer(flatten(x), fc1=lambda x: relu(Dense(1024, **settings)(x)))
         return Dense(self.classes, **settings)(x)

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxnets.models.layers import Dense, flatten, in_turn
+from jaxnets.models.layers import Dense, flatten, in_turn, relu
 from jaxnets.types import Array
 
 
@@ -29,7 +29,7 @@ class MLP(nn.Module):
 
     widths: Sequence[int] = (256, 256)
     classes: int = 10
-    activation: Callable[[Array], Array] = nn.relu
+    activation: Callable[[Array], Array] = relu
     remat: bool = False
     dtype: Any = None
 

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxnets.models.layers import BatchNorm, Conv, Dense, he, remat_if
+from jaxnets.models.layers import BatchNorm, Conv, Dense, he, relu, remat_if
 from jaxnets.models.resnet import Padded, cifar_stem, imagenet_stem
 from jaxnets.types import Array
 
@@ -16,7 +16,7 @@ he_conv = partial(Conv, use_bias=False, kernel_init=he)
 
 def normalized_relu(x: Array, train: bool, dtype: Any = None) -> Array:
     """Batch norm and ReLU: how a block begins."""
-    return nn.relu(BatchNorm(dtype=dtype, name="bn1")(x, train))
+    return relu(BatchNorm(dtype=dtype, name="bn1")(x, train))
 
 
 def as_it_is(x: Array, train: bool, dtype: Any = None) -> Array:
@@ -60,7 +60,7 @@ class PreActBlock(nn.Module):
         conv, norm = partial(he_conv, dtype=self.dtype), partial(BatchNorm, dtype=self.dtype)
         active = self.begin(x, train, self.dtype)
         y = conv(self.features, (3, 3), strides=self.stride, padding=1, name="conv1")(active)
-        y = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(norm(name="bn2")(y, train)))
+        y = nn.Dropout(self.dropout, deterministic=not train)(relu(norm(name="bn2")(y, train)))
         y = conv(self.features, (3, 3), padding=1, name="conv2")(y)
         return self.shortcut(x, active, self.features, self.stride, self.dtype) + y
 
@@ -83,9 +83,9 @@ class PreActBottleneck(nn.Module):
         conv, norm = partial(he_conv, dtype=self.dtype), partial(BatchNorm, dtype=self.dtype)
         active = self.begin(x, train, self.dtype)
         y = conv(self.features, (1, 1), name="conv1")(active)
-        y = nn.relu(norm(name="bn2")(y, train))
+        y = relu(norm(name="bn2")(y, train))
         y = conv(self.features, (3, 3), strides=self.stride, padding=1, name="conv2")(y)
-        y = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(norm(name="bn3")(y, train)))
+        y = nn.Dropout(self.dropout, deterministic=not train)(relu(norm(name="bn3")(y, train)))
         y = conv(4 * self.features, (1, 1), name="conv3")(y)
         return self.shortcut(x, active, 4 * self.features, self.stride, self.dtype) + y
 
@@ -147,7 +147,7 @@ class PreActResNet(nn.Module):
                 stride = 2 if stage > 1 and number == 0 else 1
                 x = block(self.width * 2 ** (stage - 1), stride, begin=begin, name=f"layer{stage}_{number}")(x, train)
                 begin = normalized_relu
-        x = nn.relu(BatchNorm(dtype=self.dtype, name="bn")(x, train))
+        x = relu(BatchNorm(dtype=self.dtype, name="bn")(x, train))
         return Dense(self.classes, dtype=self.dtype, name="linear")(jnp.mean(x, axis=(1, 2)))
 
 

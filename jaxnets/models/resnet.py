@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxnets.models.layers import BatchNorm, Conv, Dense, max_pool, remat_if
+from jaxnets.models.layers import BatchNorm, Conv, Dense, max_pool, relu, remat_if
 from jaxnets.types import Array
 
 _conv = partial(Conv, use_bias=False, kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
@@ -68,9 +68,9 @@ class BasicBlock(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         conv, norm = partial(_conv, dtype=self.dtype), partial(BatchNorm, dtype=self.dtype)
         y = conv(self.features, (3, 3), strides=self.stride, padding=1, name="conv1")(x)
-        y = conv(self.features, (3, 3), padding=1, name="conv2")(nn.relu(norm(name="bn1")(y, train)))
+        y = conv(self.features, (3, 3), padding=1, name="conv2")(relu(norm(name="bn1")(y, train)))
         past = self.shortcut(self.features, self.stride, self.dtype, name="downsample")(x, train)
-        return nn.relu(norm(name="bn2")(y, train) + past)
+        return relu(norm(name="bn2")(y, train) + past)
 
 
 class Bottleneck(nn.Module):
@@ -85,23 +85,23 @@ class Bottleneck(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         conv, norm = partial(_conv, dtype=self.dtype), partial(BatchNorm, dtype=self.dtype)
         y = conv(self.features, (1, 1), name="conv1")(x)
-        y = nn.relu(norm(name="bn1")(y, train))
+        y = relu(norm(name="bn1")(y, train))
         y = conv(self.features, (3, 3), strides=self.stride, padding=1, name="conv2")(y)
-        y = conv(4 * self.features, (1, 1), name="conv3")(nn.relu(norm(name="bn2")(y, train)))
+        y = conv(4 * self.features, (1, 1), name="conv3")(relu(norm(name="bn2")(y, train)))
         past = self.shortcut(4 * self.features, self.stride, self.dtype, name="downsample")(x, train)
-        return nn.relu(norm(name="bn3")(y, train) + past)
+        return relu(norm(name="bn3")(y, train) + past)
 
 
 def imagenet_stem(x: Array, width: int, train: bool, dtype: Any = None) -> Array:
     """A 7x7 convolution and a 3x3 max-pooling, both of stride 2."""
     x = _conv(width, (7, 7), strides=2, padding=3, dtype=dtype, name="conv1")(x)
-    return max_pool(nn.relu(BatchNorm(dtype=dtype, name="bn1")(x, train)), (3, 3), (2, 2), ((1, 1), (1, 1)))
+    return max_pool(relu(BatchNorm(dtype=dtype, name="bn1")(x, train)), (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
 def cifar_stem(x: Array, width: int, train: bool, dtype: Any = None) -> Array:
     """A 3x3 convolution that keeps the size, for images of 32x32."""
     x = _conv(width, (3, 3), padding=1, dtype=dtype, name="conv1")(x)
-    return nn.relu(BatchNorm(dtype=dtype, name="bn1")(x, train))
+    return relu(BatchNorm(dtype=dtype, name="bn1")(x, train))
 
 
 class ResNet(nn.Module):

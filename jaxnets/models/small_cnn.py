@@ -5,7 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxnets.models.layers import Conv, Dense, flatten, in_turn
+from jaxnets.models.layers import Conv, Dense, flatten, in_turn, relu
 from jaxnets.types import Array
 
 
@@ -41,7 +41,7 @@ class SmallCNN(nn.Module):
         settings: dict[str, Any] = {"kernel_init": self.kernel_init, "bias_init": self.bias_init, "dtype": self.dtype}
         layer = partial(in_turn, self, self.remat)
         conv = partial(Conv, kernel_size=(4, 4), strides=2, padding=1, **settings)
-        x = layer(x, conv1=lambda x: nn.relu(conv(16)(x)))
-        x = layer(x, conv2=lambda x: nn.relu(conv(32)(x)))
-        x = layer(flatten(x), fc1=lambda x: nn.relu(Dense(100, **settings)(x)))
+        x = layer(x, conv1=lambda x: relu(conv(16)(x)))
+        x = layer(x, conv2=lambda x: relu(conv(32)(x)))
+        x = layer(flatten(x), fc1=lambda x: relu(Dense(100, **settings)(x)))
         return Dense(self.classes, **settings)(x)

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxnets.models.layers import BatchNorm, Dense, remat_if
+from jaxnets.models.layers import BatchNorm, Dense, relu, remat_if
 from jaxnets.models.preact_resnet import PreActBlock, convolution_stem
 from jaxnets.types import Array
 
@@ -71,7 +71,7 @@ class WideResNet(nn.Module):
         for number, stride in enumerate((1, 2, 2), start=1):
             settings: dict[str, Any] = {"dropout": self.dropout, "remat": self.remat, "dtype": self.dtype}
             x = Group(blocks, 8 * 2**number * self.widen, stride, **settings, name=f"block{number}")(x, train)
-        x = nn.relu(BatchNorm(dtype=self.dtype, name="bn1")(x, train))
+        x = relu(BatchNorm(dtype=self.dtype, name="bn1")(x, train))
         return Dense(self.classes, dtype=self.dtype, name="fc")(jnp.mean(x, axis=(1, 2)))
 
 

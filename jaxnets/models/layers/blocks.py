@@ -10,7 +10,7 @@ from jaxnets.models.layers.convolution import Conv
 from jaxnets.models.layers.dense import Dense
 from jaxnets.models.layers.initializers import he
 from jaxnets.models.layers.pooling import flatten
-from jaxnets.models.layers.units import identity
+from jaxnets.models.layers.units import identity, relu
 from jaxnets.types import Array
 
 
@@ -49,7 +49,7 @@ class ConvBlock(nn.Module):
         x = Conv(self.features, (self.kernel, self.kernel), **settings)(x)
         if self.norm is not None:
             x = self.norm(dtype=self.dtype, name="bn")(x, train)
-        return self.after(nn.relu(x))
+        return self.after(relu(x))
 
 
 class DenseHead(nn.Module):
@@ -72,7 +72,7 @@ class DenseHead(nn.Module):
         dense = partial(Dense, kernel_init=he, dtype=self.dtype)
         x = flatten(x)
         for name in ("fc6", "fc7"):
-            x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(dense(self.hidden, name=name)(x)))
+            x = nn.Dropout(self.dropout, deterministic=not train)(relu(dense(self.hidden, name=name)(x)))
         return dense(self.classes, name="fc8")(x)
 
 

@@ -1,6 +1,6 @@
 """Units: what a neuron does with its weighted sum. Functions of arrays of any shape, elementwise unless said.
 
-Tanh, ReLU, leaky ReLU and softmax are those of `jax.nn`.
+Tanh, leaky ReLU and softmax are those of `jax.nn`.
 """
 
 from functools import reduce
@@ -13,7 +13,20 @@ from jax import lax
 
 from jaxnets.types import Array
 
-tanh, relu, leaky_relu, softmax = jnp.tanh, jax.nn.relu, jax.nn.leaky_relu, jax.nn.softmax
+tanh, leaky_relu, softmax = jnp.tanh, jax.nn.leaky_relu, jax.nn.softmax
+
+
+def relu(x: Array) -> Array:
+    """``max(x, 0)``, whose slope at zero is zero.
+
+    As a choice between two arrays: a maximum with a constant, and the normalisation before it, XLA's CPU backend would
+    compute again for everything that reads it, for a convolution's gradient by its kernel one number at a time.
+
+    >>> print(relu(jnp.array([-1.0, 2.0, jnp.nan])))
+    [ 0.  2. nan]
+    """
+    zero = jnp.zeros_like(x)
+    return lax.select(x <= zero, zero, jnp.asarray(x))
 
 
 def identity(x: Array) -> Array:
