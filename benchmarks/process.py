@@ -48,9 +48,12 @@ class Side:
         if importlib.metadata.version("jaxlib").startswith("0.10."):
             # On small networks XLA's own kernels are up to twice as fast as YNNPACK's, which these versions prefer.
             flags += " --xla_cpu_experimental_ynn_fusion_type="
+        # In huge pages, for a program's memory is new in every call, and small ones take the system as long as a tenth
+        # of a training step.
+        settings = {"XLA_FLAGS": flags, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.process", name, *place],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": flags},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | settings,
         )  # fmt: skip
 
     def ask(self, work: Work) -> Answer:

@@ -244,6 +244,20 @@ def test_radial_basis(x64):
     jax.test_util.check_grads(jax.jit(loss), (params, x), order=1, modes=["rev"], eps=1e-6)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a fact of the CPU backend")
+def test_what_relu_gives_is_computed_once():
+    """Not again, with all that is before it, for the gradient of the convolution after it by its kernel."""
+
+    def products(relu):
+        def loss(kernel, x, scale):
+            return jnp.sum(layers.conv_general_dilated(relu(x * scale + 1), kernel, (1, 1), "SAME") ** 2)
+
+        arguments = jnp.ones((3, 3, 4, 4)), jnp.ones((2, 8, 8, 4)), jnp.ones(4)
+        return jax.jit(jax.grad(loss)).lower(*arguments).compile().as_text().count(" multiply(")
+
+    assert products(layers.relu) < products(jax.nn.relu), "XLA no longer needs help"
+
+
 # Initialisers.
 
 
