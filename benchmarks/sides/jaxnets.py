@@ -49,7 +49,9 @@ def _training(work: Work, loaded: Loaded) -> Callable[[], Any]:
     step = jax.jit(jn.training.make_step(made[work.method](), optimizer), donate_argnums=0)
     # A copy, for the step writes into what it is given.
     params, stats = jax.tree.map(jnp.array, (loaded.params, loaded.stats))
-    kept = [jn.training.init_state(jax.random.key(0), params, stats, optimizer)]
+    state = jn.training.init_state(jax.random.key(0), params, stats, optimizer)
+    # All on one device by name, as what a step gives of restored weights is: else the second call compiles again.
+    kept = [jax.device_put(state, jax.devices()[0])]
 
     def once() -> None:
         kept[0], _ = jax.block_until_ready(step(kept[0], batch))
