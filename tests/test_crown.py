@@ -33,9 +33,9 @@ def problem(seed=0, sizes=(5, 7, 6, 4), rows=3, width=0.3, dtype=np.float64):
     return weights, *ends, random.integers(0, sizes[-1], rows)
 
 
-def mlp(weights, x):
+def mlp(weights, x, relu=jax.nn.relu):
     for kernel, bias in weights[:-1]:
-        x = jax.nn.relu(x @ kernel + bias)
+        x = relu(x @ kernel + bias)
     return x @ weights[-1][0] + weights[-1][1]
 
 
@@ -142,6 +142,15 @@ def test_planes_hold_and_touch(ends, sign):
     room = sign * (np.maximum(at_a, at_b) - result.center) - plane
     assert room.min() >= -1e-5
     assert room.min() <= 1e-5
+
+
+def test_the_relu_of_our_networks_is_known_as_a_maximum():
+    weights, lower, upper, y = problem(width=0.5)
+    found, expected = (
+        crown_margins(lambda x, relu=relu: mlp(weights, x, relu), lower, upper, y)
+        for relu in (jn.models.layers.relu, jax.nn.relu)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_max_pooling_is_kept_as_planes():

@@ -25,6 +25,7 @@ def relu(x: Array) -> Array:
     >>> print(relu(jnp.array([-1.0, 2.0, jnp.nan])))
     [ 0.  2. nan]
     """
+    # One array to compare with and to choose, as `jnp.where` has not: only so are certificates told of a maximum.
     zero = jnp.zeros_like(x)
     return lax.select(x <= zero, zero, jnp.asarray(x))
 
