@@ -131,7 +131,7 @@ class Evaluate:
     eight_bit: bool = False
     """Round adversarial examples to multiples of 1/255, as image files hold them."""
     certify: CertificateName | None = None
-    """Say too which rows no attack can break, in linf: by intervals, or by CROWN where it is tighter, which is slow."""
+    """Say too which rows no attack can break: by intervals, or by CROWN where it is tighter, which is slow."""
     last: bool = False
     """Attack the last weights of a run also where its best on held-out rows were kept."""
     save: bool = False

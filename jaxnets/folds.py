@@ -1,4 +1,4 @@
-"""Sums and largest entries of one example of floats, in an order that every backend vectorises.
+"""Sums, largest entries and lengths of one example of floats, in an order that every backend vectorises.
 
 XLA's CPU backend reduces an array to one number entry by entry, each waiting for the one before: in attacks on small
 networks this costs more than the gradients. Folding the array onto itself first is up to twenty times as fast.
@@ -6,6 +6,7 @@ networks this costs more than the gradients. Folding the array onto itself first
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from jaxnets.types import Array
@@ -29,6 +30,26 @@ def largest(values: Array) -> Array:
     34
     """
     return jnp.max(_folded(jnp.maximum, values))
+
+
+def length(values: Array) -> Array:
+    """The Euclidean length over all axes at any scale, with gradient zero at zero.
+
+    >>> print(length(jnp.array([[3e30], [4e30]])))
+    5e+30
+    """
+    most = jax.lax.stop_gradient(largest(jnp.abs(values)))
+    scale = jnp.where(most > 0, most, 1)
+    return scale * root(total((values / scale) ** 2))
+
+
+def root(square: Array) -> Array:
+    """Square root, entry by entry, whose gradient at zero is zero.
+
+    >>> print(root(jnp.array([4.0, 0.0])))
+    [2. 0.]
+    """
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 def _folded(combine: Callable[[Array, Array], Array], values: Array) -> Array:

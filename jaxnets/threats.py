@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.draws import drawn
-from jaxnets.folds import largest, total
+from jaxnets.folds import largest, length, root, total
 from jaxnets.types import Array
 
 T = TypeVar("T")
@@ -150,7 +150,7 @@ class L2:
         moving = near * distance < room
         left = self.epsilon**2 - total(jnp.where(moving, 0, room**2))
         rest = total(jnp.where(moving, distance**2, 0))
-        scale = _root(jnp.maximum(left, 0) / jnp.where(rest > 0, rest, 1))
+        scale = root(jnp.maximum(left, 0) / jnp.where(rest > 0, rest, 1))
         return _finish(jnp.clip(scale * offset, -room, room), z, x, self, power=2)
 
     def sample(self, key: Array, x: Array) -> Array:
@@ -163,7 +163,7 @@ class L2:
         return _unit(_inward(gradient, x, self))
 
     def size(self, delta: Array) -> Array:
-        return _length(delta)
+        return length(delta)
 
 
 @_pytree
@@ -386,21 +386,9 @@ def _inward(gradient: Array, x: Array, threat: Threat) -> Array:
     return jnp.where(leaves, 0, gradient)
 
 
-def _root(square: Array) -> Array:
-    """Square root whose gradient at zero is zero."""
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-
-
-def _length(delta: Array) -> Array:
-    """Euclidean norm at any scale, with gradient zero at zero."""
-    most = jax.lax.stop_gradient(largest(jnp.abs(delta)))
-    scale = jnp.where(most > 0, most, 1)
-    return scale * _root(total((delta / scale) ** 2))
-
-
 def _unit(gradient: Array) -> Array:
     """``g / |g|`` at any scale of ``g``, zero where ``g`` is zero: scaled first, a tiny gradient does not underflow."""
     most = jax.lax.stop_gradient(largest(jnp.abs(gradient)))
     scaled = gradient / jnp.where(most > 0, most, 1)
-    length = _root(total(scaled**2))
+    length = root(total(scaled**2))
     return scaled / jnp.where(length > 0, length, 1)

@@ -252,8 +252,8 @@ def test_no_certificate_where_bounds_are_no_numbers():
 
 
 def test_other_threats_are_refused():
-    with pytest.raises(ValueError, match=r"a box, the threat Linf or Masked, got L2\(epsilon=0.5"):
-        box(jn.L2(0.5), jnp.ones((1, 2)))
+    with pytest.raises(ValueError, match=r"bounds in Linf, Masked, L2, L1, got L0\(epsilon=3"):
+        box(jn.L0(3), jnp.ones((1, 2)))
 
 
 @pytest.mark.parametrize("margins", [interval_margins, crown_margins])

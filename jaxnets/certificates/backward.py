@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxnets.certificates.rules import Interval
 from jaxnets.certificates.tape import Step, Tape
+from jaxnets.folds import root
 from jaxnets.models.layers.convolution import conv_general_dilated, pulled_back
 from jaxnets.types import Array
 
@@ -56,6 +57,10 @@ def at_intervals(step: Step, coefficients: Array) -> tuple[list[tuple[Interval, 
 
 def spread(coefficients: Array, value: Interval) -> Array:
     """How far ``coefficients[K, ...]`` times a value differs at most from that at the interval's centre, ``[K]``."""
+    if value.norm == 1:
+        return jnp.max(jnp.abs(coefficients * value.radius), axis=range(1, coefficients.ndim))
+    if value.norm == 2:
+        return root(weighted(jnp.square(coefficients), jnp.square(value.radius)))
     return weighted(jnp.abs(coefficients), value.radius)
 
 

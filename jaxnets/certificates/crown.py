@@ -10,7 +10,7 @@ from jaxnets.certificates.tape import Step
 from jaxnets.types import Array, LogitsFn
 
 
-def crown_margins(logits_fn: LogitsFn, lower: Array, upper: Array, y: Array) -> Array:
+def crown_margins(logits_fn: LogitsFn, lower: Array, upper: Array, y: Array, *, norm: float = jnp.inf) -> Array:
     """Lower bounds of the margins ``z_y - z_k`` in a box, ``[B, K]``, zero for ``k = y``; above zero: certified.
 
     Going back from the logits, ``max(a, b)`` with ``l <= a - b <= u`` lies between two planes where ``l < 0 < u``::
@@ -20,13 +20,13 @@ def crown_margins(logits_fn: LogitsFn, lower: Array, upper: Array, y: Array) -> 
     and is ``a`` or ``b`` elsewhere; ReLU is ``max(x, 0)``, and max pooling is made of such maxima. At any other
     operation that is not affine (tanh, a minimum, a reduction by a maximum, a product of two values) its interval
     stands for it, as it does in `interval_margins` at the first operation that is not affine. What is left in the end
-    is a linear function of the input.
+    is a linear function of the input, whose least value in a box or a ball is known.
 
     Neither these bounds nor those of `interval_margins` are always the tighter ones: both hold. Time and memory are
     those of ``K`` backward passes.
 
     Args:
-      logits_fn, lower, upper, y: as for `interval_margins`.
+      logits_fn, lower, upper, y, norm: as for `interval_margins`.
 
     Raises:
       NotImplementedError, ValueError: as `interval_margins` does.
@@ -39,15 +39,15 @@ def crown_margins(logits_fn: LogitsFn, lower: Array, upper: Array, y: Array) -> 
     >>> print(crown_margins(f, x - 1, x + 3, jnp.array([0])))
     [[0.  1.5]]
     """
-    check_box(lower, upper, y)
-    return margins_in_boxes(as_pytree(logits_fn), lower, upper, y, _planes)
+    check_box(lower, upper, norm, y)
+    return margins_in_boxes(as_pytree(logits_fn), lower, upper, y, norm, _planes)
 
 
-def tightest_margins(logits_fn: LogitsFn, lower: Array, upper: Array, y: Array) -> Array:
+def tightest_margins(logits_fn: LogitsFn, lower: Array, upper: Array, y: Array, *, norm: float = jnp.inf) -> Array:
     """The greater of `interval_margins` and `crown_margins`, entry by entry, which bounds too; arguments as theirs."""
     arguments = (as_pytree(logits_fn), lower, upper, y)
     # Where one has overflowed the other may still hold.
-    return jnp.fmax(interval_margins(*arguments), crown_margins(*arguments))
+    return jnp.fmax(interval_margins(*arguments, norm=norm), crown_margins(*arguments, norm=norm))
 
 
 def _planes(step: Step, coefficients: Array) -> tuple[list[tuple[Interval, Array]], Array]:

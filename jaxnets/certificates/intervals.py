@@ -11,7 +11,7 @@ from jaxnets.certificates.tape import record
 from jaxnets.types import Array, LogitsFn
 
 
-def interval_bounds(logits_fn: LogitsFn, lower: Array, upper: Array) -> tuple[Array, Array]:
+def interval_bounds(logits_fn: LogitsFn, lower: Array, upper: Array, *, norm: float = jnp.inf) -> tuple[Array, Array]:
     """The least and the largest that each logit can be: ``lower <= f(x) <= upper`` for all ``x`` in a box.
 
     Layer by layer, each entry by itself: an affine layer gives ``W c + b -+ |W| r`` for the centres ``c`` and radii
@@ -25,13 +25,16 @@ def interval_bounds(logits_fn: LogitsFn, lower: Array, upper: Array) -> tuple[Ar
     Args:
       logits_fn: ``x[B, ...] -> logits[B, K]``, in inference mode, of the operations in `certificates.rules`.
       lower, upper: the box of every row, ``[B, ...]``.
+      norm: infinity for all of the box; 2 or 1 for the ball in it alone, the points whose distances from its centre,
+        each in units of half its side, have at most length one in that norm. The first layer's bounds are exact in
+        norm 2, and those of norm 2 in norm 1; from there on boxes hold what is bounded.
 
     Returns:
       ``(lower[B, K], upper[B, K])``.
 
     Raises:
       NotImplementedError: for an operation without a rule; it is named.
-      ValueError: where the boxes or the logits have a shape that does not fit.
+      ValueError: for another norm, and where the boxes or the logits have a shape that does not fit.
 
     Gowal et al. 2018, https://arxiv.org/abs/1810.12715.
 
@@ -39,17 +42,17 @@ def interval_bounds(logits_fn: LogitsFn, lower: Array, upper: Array) -> tuple[Ar
     >>> print(*interval_bounds(lambda x: jax.nn.relu(x - 2 * x[:, ::-1]), x, x + 0.5))
     [[0. 0.]] [[0.  1.5]]
     """
-    check_box(lower, upper)
-    return _interval_bounds(as_pytree(logits_fn), lower, upper)
+    check_box(lower, upper, norm)
+    return _interval_bounds(as_pytree(logits_fn), lower, upper, norm)
 
 
-def interval_margins(logits_fn: LogitsFn, lower: Array, upper: Array, y: Array) -> Array:
+def interval_margins(logits_fn: LogitsFn, lower: Array, upper: Array, y: Array, *, norm: float = jnp.inf) -> Array:
     """Lower bounds of the margins ``z_y - z_k`` in a box, ``[B, K]``, zero for ``k = y``; above zero: certified.
 
     The last affine layers are merged with the differences, which is tighter than the difference of `interval_bounds`.
 
     Args:
-      logits_fn, lower, upper: as for `interval_bounds`.
+      logits_fn, lower, upper, norm: as for `interval_bounds`.
       y: classes ``[B]``.
 
     Raises:
@@ -61,12 +64,14 @@ def interval_margins(logits_fn: LogitsFn, lower: Array, upper: Array, y: Array) 
     >>> print(interval_margins(lambda x: x @ jnp.array([[1.0, 2.0], [1.0, 1.0]]), x, x + 0.5, jnp.array([1])))
     [[0. 0.]]
     """
-    check_box(lower, upper, y)
-    return margins_in_boxes(as_pytree(logits_fn), lower, upper, y, at_intervals)
+    check_box(lower, upper, norm, y)
+    return margins_in_boxes(as_pytree(logits_fn), lower, upper, y, norm, at_intervals)
 
 
-def check_box(lower: Array, upper: Array, y: Array | None = None) -> None:
+def check_box(lower: Array, upper: Array, norm: float, y: Array | None = None) -> None:
     """Raises ValueError unless ``lower`` and ``upper`` are floats ``[B, ...]`` of one shape and ``y`` is ``[B]``."""
+    if norm not in (1, 2, jnp.inf):
+        raise ValueError(f"norm must be 1, 2 or infinity, got {norm}")
     if lower.shape != upper.shape or lower.ndim < 2 or not jnp.issubdtype(lower.dtype, jnp.floating):
         raise ValueError(
             "lower and upper must be floats of one shape [B, ...], a box for each row, got "
@@ -76,16 +81,20 @@ def check_box(lower: Array, upper: Array, y: Array | None = None) -> None:
         raise ValueError(f"y must be one integer class for each of {len(lower)} rows, got {y.dtype}{list(y.shape)}")
 
 
-@jax.jit
-def _interval_bounds(logits_fn, lower, upper):
+@partial(jax.jit, static_argnames="norm")
+def _interval_bounds(logits_fn, lower, upper, norm):
     def of_row(lower, upper):
-        logits = record(logits_fn, lower, upper).logits
+        logits = record(logits_fn, lower, upper, norm).logits
         return logits.lower[0], logits.upper[0]
 
     return jax.vmap(of_row)(lower, upper)
 
 
-@partial(jax.jit, static_argnames="relax")
-def margins_in_boxes(logits_fn: LogitsFn, lower: Array, upper: Array, y: Array, relax: Relax) -> Array:
+@partial(jax.jit, static_argnames=("norm", "relax"))
+def margins_in_boxes(logits_fn: LogitsFn, lower: Array, upper: Array, y: Array, norm: float, relax: Relax) -> Array:
     """`least_margins` of every row, ``[B, K]``."""
-    return jax.vmap(lambda *row: least_margins(record(logits_fn, *row[:2]), row[2], relax))(lower, upper, y)
+
+    def of_row(lower, upper, y):
+        return least_margins(record(logits_fn, lower, upper, norm), y, relax)
+
+    return jax.vmap(of_row)(lower, upper, y)

@@ -1,6 +1,5 @@
 """Which rows are certified: no point that a threat allows changes their class."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -8,11 +7,20 @@ import jax.numpy as jnp
 
 from jaxnets.attacks.parts.calling import as_pytree
 from jaxnets.certificates.crown import tightest_margins
-from jaxnets.threats import Linf, Masked, Threat, each_row
+from jaxnets.threats import L1, L2, Linf, Masked, Threat, each_row
 from jaxnets.types import Array, LogitsFn
 
-Margins = Callable[[LogitsFn, Array, Array, Array], Array]
-"""``(logits_fn, lower[B, ...], upper[B, ...], y[B]) -> [B, K]``: lower bounds of ``z_y - z_k`` in each row's box."""
+_NORMS: dict[type, float] = {Linf: jnp.inf, Masked: jnp.inf, L2: 2, L1: 1}
+"""Of the threats that have bounds."""
+
+
+class Margins(Protocol):
+    """``(logits_fn, lower[B, ...], upper[B, ...], y[B], norm=norm) -> [B, K]``: lower bounds of ``z_y - z_k``.
+
+    In each row's box, or in the ball in it, as `interval_margins` has it.
+    """
+
+    def __call__(self, logits_fn: LogitsFn, lower: Array, upper: Array, y: Array, /, *, norm: float) -> Array: ...
 
 
 class Certificate(Protocol):
@@ -21,20 +29,37 @@ class Certificate(Protocol):
     def __call__(self, logits_fn: LogitsFn, x: Array, y: Array, /) -> Array: ...
 
 
-def box(threat: Threat, x: Array) -> tuple[Array, Array]:
-    """The least and the largest that each entry of ``x[B, ...]`` becomes in a threat that is a box: two ``[B, ...]``.
+def margins_within(margins: Margins, logits_fn: LogitsFn, threat: Threat, x: Array, y: Array) -> Array:
+    """Lower bounds of ``z_y - z_k`` wherever a threat takes ``x[B, ...]``, ``[B, K]``.
 
     Raises:
-      ValueError: for a threat that is none.
+      ValueError: for a threat without bounds.
+
+    >>> import jaxnets as jn
+    >>> x, y = jnp.array([[0.5, 0.2]]), jnp.array([0])
+    >>> print(margins_within(tightest_margins, lambda x: x, jn.L2(0.1, -9, 9), x, y) > 0.15)
+    [[False  True]]
+    """
+    lower, upper = box(threat, x)
+    return margins(logits_fn, lower, upper, y, norm=_NORMS[type(threat)])
+
+
+def box(threat: Threat, x: Array) -> tuple[Array, Array]:
+    """The least and the largest that each entry of ``x[B, ...]`` becomes in a threat: two ``[B, ...]``.
+
+    In `L2` and `L1` as if the data had no box of its own: so the ball's centre is ``x``.
+
+    Raises:
+      ValueError: for a threat without bounds.
 
     >>> import jaxnets as jn
     >>> print(*box(jn.Linf(0.25), jnp.array([[0.5, 1.0]])))
     [[0.25 0.75]] [[0.75 1.  ]]
     """
-    if not isinstance(threat, Linf | Masked):
-        raise ValueError(
-            f"bounds of intervals hold in a box, the threat Linf or Masked, got {threat}: certify L2 by smoothing"
-        )
+    if type(threat) not in _NORMS:
+        raise ValueError(f"there are bounds in {', '.join(one.__name__ for one in _NORMS)}, got {threat}")
+    if _NORMS[type(threat)] < jnp.inf:
+        threat = Linf(threat.epsilon, -jnp.inf, jnp.inf)
     lower, upper = (each_row(type(threat).project, threat, jnp.full_like(x, end), x) for end in (-jnp.inf, jnp.inf))
     return lower, upper
 
@@ -57,7 +82,7 @@ def certified(
       logits_fn: ``x[B, ...] -> logits[B, K]``, in inference mode, in single precision or better.
       x: rows ``[B, ...]`` inside the threat's box.
       y: classes ``[B]``.
-      threat: a box, `Linf` or `Masked`.
+      threat: `Linf`, `Masked`, `L2` or `L1`.
       margins: `interval_margins`, `crown_margins`, or the tighter of the two in each entry.
       slack: what rounding may take, as a share of the row's largest logit.
 
@@ -72,7 +97,7 @@ def certified(
     """
     logits_fn, x = as_pytree(logits_fn), jnp.asarray(x)
     with jax.default_matmul_precision("highest"):
-        least, largest = margins(logits_fn, *box(threat, x), y), _largest_logits(logits_fn, x)
+        least, largest = margins_within(margins, logits_fn, threat, x, y), _largest_logits(logits_fn, x)
     others = jnp.arange(least.shape[1]) != y[:, None]
     return jnp.all((least > slack * largest[:, None]) | ~others, axis=1)
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnets.folds import root
 from jaxnets.types import Array
 
 
@@ -23,11 +24,14 @@ class Interval:
     Attributes:
       lower, upper: floats of one shape; or bools: whether it is certain, and whether it is possible.
       greater: of a comparison the two operands ``(a, b)`` for which it says that ``a`` is the greater one (or equal).
+      norm: infinity for all values between the two; 2 or 1 for those alone whose deviations from the centre, each in
+        units of its radius, have at most length one in that norm.
     """
 
     lower: Array
     upper: Array
     greater: tuple[Any, Any] | None = None
+    norm: float = np.inf
 
     @property
     def center(self) -> Array:
@@ -103,13 +107,17 @@ def convert(bind: Callable, operand: Interval) -> Interval:
 
 
 def product(bind: Callable, a: Operand, b: Operand) -> Interval:
-    """Linear in each: ``|a b - a' b'| <= |a'| r_b + r_a (|b'| + r_b)`` around the centres; exact for one interval."""
-    radii = []
-    if isinstance(b, Interval):
-        radii.append(bind(jnp.abs(center(a)), b.radius))
-    if isinstance(a, Interval):
-        radii.append(bind(a.radius, jnp.abs(center(b)) + (b.radius if isinstance(b, Interval) else 0)))
-    middle, radius = bind(center(a), center(b)), sum(radii[1:], start=radii[0])
+    """Linear in each: ``|a b - a' b'| <= |a'| r_b + r_a (|b'| + r_b)`` around the centres; exact for one interval.
+
+    In norm 2 the root of ``a'^2 r_b^2`` (Cauchy and Schwarz) is exact for one interval, and it holds in norm 1 as well.
+    """
+    middle = bind(center(a), center(b))
+    if isinstance(a, Interval) and isinstance(b, Interval):
+        radius = bind(jnp.abs(a.center), b.radius) + bind(a.radius, jnp.abs(b.center) + b.radius)
+    else:
+        norm = a.norm if isinstance(a, Interval) else b.norm
+        sizes = [one.radius if isinstance(one, Interval) else jnp.abs(one) for one in (a, b)]
+        radius = bind(*sizes) if norm == np.inf else root(bind(*map(jnp.square, sizes)))
     return Interval(middle - radius, middle + radius)
 
 
@@ -222,6 +230,12 @@ BILINEAR: dict[str, Rule] = {
     "mul": times,
 }
 """Affine where only one operand is an interval, for ``div`` the first."""
+
+ENTRYWISE = {
+    "add", "convert_element_type", "copy", "div", "mul", "name", "neg", "pad", "reshape", "rev", "slice", "squeeze",
+    "sub", "transpose",
+}  # fmt: skip
+"""Affine, and they move and scale single entries or leave some out: deviations keep the norm that bounds them."""
 
 OTHERS: dict[str, Rule] = {
     **dict.fromkeys(

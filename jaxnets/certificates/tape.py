@@ -5,6 +5,7 @@ intervals. No layer is defined a second time.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxnets.certificates.rules import AFFINE, BILINEAR, OTHERS, Interval, Operand
+from jaxnets.certificates.rules import AFFINE, BILINEAR, ENTRYWISE, OTHERS, Interval, Operand
 from jaxnets.models.layers.convolution import conv_general_dilated, is_plain
 from jaxnets.types import Array, LogitsFn
 
@@ -49,14 +50,14 @@ class Tape(NamedTuple):
     logits: Interval
 
 
-def record(logits_fn: LogitsFn, lower: Array, upper: Array) -> Tape:
-    """Runs a network on everything between ``lower`` and ``upper``, which are one row ``[...]``.
+def record(logits_fn: LogitsFn, lower: Array, upper: Array, norm: float = jnp.inf) -> Tape:
+    """Runs a network on everything between ``lower`` and ``upper``, which are one row ``[...]``, or the ball in it.
 
     Raises:
       NotImplementedError: for an operation that has no rule.
       ValueError: where the logits are not ``[1, K]``.
     """
-    row, steps = Interval(lower[None], upper[None]), []
+    row, steps = Interval(lower[None], upper[None], norm=norm), []
 
     def network(x: Array) -> Array:
         logits = logits_fn(x)
@@ -101,8 +102,12 @@ def _apply(equation: Any, operands: list[Operand], steps: list[Step]) -> list[Op
     found = rule(bind, *operands)
     results = found if isinstance(found, list) else [found]
     known = [result for result in results if isinstance(result, Interval)]
+    affine = _is_affine(name, operands, known)
+    norms = [operand.norm for operand in operands if isinstance(operand, Interval)]
+    if affine and name in ENTRYWISE and len(norms) == 1:
+        results = known = [replace(known[0], norm=norms[0])]
     if known:
-        steps.append(Step(bind, operands, known, _is_affine(name, operands, known), _maximum(name, operands)))
+        steps.append(Step(bind, operands, known, affine, _maximum(name, operands)))
     return results
 
 

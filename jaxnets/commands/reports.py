@@ -78,7 +78,7 @@ def _report(command: Settled, run: Run, state: TrainState) -> Report:
         "pgd-40 margin": partial(pgd, loss=losses.margin),
     }
     bounds = (
-        {"bounds": partial(certificates.certified, threat=run.threat)} if TRAITS[command.objective].in_a_box else {}
+        {"bounds": partial(certificates.certified, threat=run.threat)} if TRAITS[command.objective].certifies else {}
     )
     model = model_of(run.net, state)
     return evaluate_attacks(run.attack_key, model, run.x, run.y, suite, threat=run.threat, certificates=bounds)

@@ -17,14 +17,14 @@ class Traits(NamedTuple):
       start: where its attack starts unless said.
       steps: of its attack unless given.
       of_classes: its labels are classes, neither smoothed nor mixed.
-      in_a_box: its threat is a box.
+      certifies: it bounds what its threat can do, and so does the report.
     """
 
     beta: float | None = None
     start: str = "uniform"
     steps: int = 10
     of_classes: bool = False
-    in_a_box: bool = False
+    certifies: bool = False
 
 
 TRAITS = {
@@ -38,8 +38,8 @@ TRAITS = {
     "mart": Traits(beta=6.0, start="gaussian", of_classes=True),
     "kurakin": Traits(),
     "virtual_adversarial": Traits(beta=1.0),
-    "ibp": Traits(of_classes=True, in_a_box=True),
-    "crown_ibp": Traits(of_classes=True, in_a_box=True),
+    "ibp": Traits(of_classes=True, certifies=True),
+    "crown_ibp": Traits(of_classes=True, certifies=True),
 }
 
 
@@ -147,8 +147,6 @@ def _check_objective(command: Settled) -> None:
         raise ValueError("--awp takes the weights of one pass, free updates them in each: leave one of the two")
     if name == "trades" and command.start == "at_clean":
         raise ValueError("--start at_clean: there the divergence of trades has no gradient, take another")
-    if traits.in_a_box and command.threat != "linf":
-        raise ValueError(f"{name} bounds what happens in a box: take --threat linf, got {command.threat}")
     mixed = [one for one in command.augment if one in ("mixup", "cutmix")]
     if traits.of_classes and (mixed or command.label_smoothing):
         wish = f"--augment {mixed[0]}" if mixed else "--label-smoothing"

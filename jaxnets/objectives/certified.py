@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.certificates import crown_margins, interval_margins
-from jaxnets.certificates.rows import Margins, box
+from jaxnets.certificates.rows import Margins, margins_within
 from jaxnets.classifier import Classifier
 from jaxnets.losses import cross_entropy
 from jaxnets.objectives.standard import metrics_of
@@ -32,7 +32,7 @@ def ibp(
 
     Args:
       net: of operations that `certificates.interval_bounds` has rules for.
-      threat: a box, `Linf` or `Masked`; its epsilon may be traced.
+      threat: `Linf`, `Masked`, `L2` or `L1`; its epsilon may be traced.
       kappa: weight of the clean term.
       loss: of both terms, such that lower margins mean more of it.
       margins: bounds of the margins.
@@ -52,7 +52,7 @@ def ibp(
     """
 
     def objective(params: Params, stats: Stats, batch: Batch, key: Array) -> tuple[Array, tuple[Stats, Metrics]]:
-        least = margins(net.logits_fn(params, stats), *box(threat, batch.x), batch.y)
+        least = margins_within(margins, net.logits_fn(params, stats), threat, batch.x, batch.y)
         logits, stats = net.train(params, stats, batch.x, key)
         clean, worst = jnp.mean(loss(logits, batch.y)), jnp.mean(loss(-least, batch.y))
         value = kappa * clean + (1 - kappa) * worst
@@ -78,12 +78,12 @@ def crown_ibp(
     Zhang et al. 2020, https://arxiv.org/abs/1906.06316.
     """
 
-    def mixed(*arguments) -> Array:
-        of_intervals = interval_margins(*arguments)
+    def mixed(*arguments, norm: float) -> Array:
+        of_intervals = interval_margins(*arguments, norm=norm)
         return jax.lax.cond(
             jnp.asarray(beta > 0),
             # Kept for the gradient they would be written as zeros by the other branch.
-            jax.checkpoint(lambda: (1 - beta) * of_intervals + beta * crown_margins(*arguments)),
+            jax.checkpoint(lambda: (1 - beta) * of_intervals + beta * crown_margins(*arguments, norm=norm)),
             lambda: of_intervals,
         )
 
