@@ -6,7 +6,6 @@ and of an attack how many rows survive it, or why there is no answer.
 
 import contextlib
 import importlib
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import jaxnets as jn
 from benchmarks.sides import NotOfferedError
 from benchmarks.work import Work, parse
 
@@ -38,22 +38,24 @@ class Answer(NamedTuple):
     missing: str = ""
 
 
+def environment() -> dict[str, str]:
+    """Of all sides, with flags of XLA and of malloc that are set for their sake, unless the caller has his own."""
+    jn.cpu.tune()
+    # Huge pages, kept once the system has given them: a program's memory is new in every call, and on some machines
+    # costs a third of a training step.
+    tunables = "hugetlb=1", "arena_max=1", f"mmap_threshold={1 << 30}", f"trim_threshold={1 << 34}"
+    return {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{one}" for one in tunables)} | os.environ
+
+
 class Side:
     """A side, ready to be asked. It answers the same work faster the second time, for the first compiles."""
 
     def __init__(self, name: str, *, data_dir: Path | None = None):
         self.name = name
         place = [str(data_dir)] if data_dir else []
-        flags = os.environ.get("XLA_FLAGS", "")
-        if importlib.metadata.version("jaxlib").startswith("0.10."):
-            # On small networks XLA's own kernels are up to twice as fast as YNNPACK's, which these versions prefer.
-            flags += " --xla_cpu_experimental_ynn_fusion_type="
-        # In huge pages, for a program's memory is new in every call, and small ones take the system as long as a tenth
-        # of a training step.
-        settings = {"XLA_FLAGS": flags, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.process", name, *place],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | settings,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
         )  # fmt: skip
 
     def ask(self, work: Work) -> Answer:

@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.limit import Rates
+from benchmarks.process import environment
 from benchmarks.speed import Row
 
 PACKAGES = ("jax", "flax", "torch", "foolbox", "torchattacks", "adversarial-robustness-toolbox", "cleverhans")
@@ -103,11 +104,12 @@ def speed_picture(path: Path, rows: Sequence[Row]) -> None:
 
 
 def heading(rates: Rates, rounds: int) -> str:
+    flags = " and ".join(f"`{name}={environment().get(name, '')}`" for name in ("XLA_FLAGS", "GLIBC_TUNABLES"))
     return (
         f"{machine()}. {versions()}.\n\n"
         f"Products of matrices run at {rates.flops / 1e9:.0f} GFLOP/s, sums of arrays at {rates.bytes / 1e9:.0f} GB/s: "
         "the arithmetic and the traffic of a work are what the operations and the bytes of its gradients take at these "
         "rates (bytes that stay in caches take less), in brackets how many times that we take. Seconds are medians of "
         f"{rounds} calls after the first, all sides in turns, each in a process of its own; in brackets the least and "
-        "the most."
+        f"the most. All of them run under {flags}."
     )

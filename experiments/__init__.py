@@ -5,6 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jaxnets as jn
+
+jn.cpu.tune()
+
 
 def recorded(record: Path, run: Callable[[], Any]) -> Any:
     """What ``run`` finds, a value of JSON: read from the record where it is there, else run and written."""

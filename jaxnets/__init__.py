@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         averaging,
         certificates,
         checkpoint,
+        cpu,
         data,
         diagnostics,
         evaluation,
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "L0", "L1", "L2", "Classifier", "Linf", "Masked", "attacks", "averaging", "certificates", "checkpoint", "data",
-    "diagnostics", "evaluation", "fit", "from_linen", "losses", "models", "normalized", "objectives", "optimizers",
-    "parallel", "plots", "substitute", "sweeps", "threats", "training", "transferability", "types",
+    "L0", "L1", "L2", "Classifier", "Linf", "Masked", "attacks", "averaging", "certificates", "checkpoint", "cpu",
+    "data", "diagnostics", "evaluation", "fit", "from_linen", "losses", "models", "normalized", "objectives",
+    "optimizers", "parallel", "plots", "substitute", "sweeps", "threats", "training", "transferability", "types",
     "verification", "weights",
 ]  # fmt: skip
 

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxnets import cpu
+
 DataName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped"]
 ModelName = Literal[
     "perceptron", "mlp", "rbf_network", "lenet5", "lenet5_modern", "small_cnn", "madry_cnn", "alexnet",
@@ -196,6 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = _parse(arguments)
     _show_messages()
     _keep_programs()
+    cpu.tune()
     name = type(command).__name__.lower()
     # Here, because help need not wait for jax, nor verify know attacks.
     from jaxnets.commands.run import EXPECTED
