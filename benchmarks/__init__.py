@@ -1,1 +1,5 @@
 """Measurements: one question a file, with the command and what came out in its header."""
+
+import jaxnets as jn
+
+jn.cpu.tune()

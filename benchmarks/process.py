@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import jaxnets as jn
 from benchmarks.sides import NotOfferedError
 from benchmarks.work import Work, parse
 
@@ -39,8 +38,7 @@ class Answer(NamedTuple):
 
 
 def environment() -> dict[str, str]:
-    """Of all sides, with flags of XLA and of malloc that are set for their sake, unless the caller has his own."""
-    jn.cpu.tune()
+    """Of all sides, with settings of malloc unless the caller has his own."""
     # Huge pages, kept once the system has given them: a program's memory is new in every call, and on some machines
     # costs a third of a training step.
     tunables = "hugetlb=1", "arena_max=1", f"mmap_threshold={1 << 30}", f"trim_threshold={1 << 34}"

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -42,12 +43,18 @@ def from_linen(module: nn.Module) -> Classifier:
     ``deterministic`` is the opposite. All collections but ``params`` are statistics; randomness is drawn from the
     stream ``dropout``.
 
+    Equal modules get the same functions, for which a compiled attack is not compiled again.
+
     >>> import jax, jax.numpy as jnp
     >>> net = from_linen(nn.Dense(3))
     >>> params, stats = net.init(jax.random.key(0), jnp.ones((2, 4)))
     >>> net.logits_fn(params, stats)(jnp.ones((2, 4))).shape
     (2, 3)
     """
+    return _once(_from_linen, module)
+
+
+def _from_linen(module: nn.Module) -> Classifier:
     arguments = inspect.signature(type(module).__call__).parameters
 
     def mode(training: bool) -> dict[str, Any]:
@@ -84,6 +91,20 @@ def from_linen(module: nn.Module) -> Classifier:
     return Classifier(init, infer, train, activations)
 
 
+@lru_cache(maxsize=256)
+def _kept(make: Callable[..., Classifier], *arguments: Any) -> Classifier:
+    return make(*arguments)
+
+
+def _once(make: Callable[..., Classifier], *arguments: Any) -> Classifier:
+    """What was made before of equal arguments, where these have a hash."""
+    try:
+        hash(arguments)
+    except TypeError:
+        return make(*arguments)
+    return _kept(make, *arguments)
+
+
 def _by_path(captured: dict[str, Any]) -> dict[str, Array]:
     """What modules gave, a module that was called several times with the number of the call after its path."""
     named = {}
@@ -97,6 +118,8 @@ def _by_path(captured: dict[str, Any]) -> dict[str, Array]:
 
 def normalized(net: Classifier, mean: Any, std: Any) -> Classifier:
     """The network behind a first layer ``(x - mean) / std``: attacks, threats and data stay in the units of the data.
+
+    Equal arguments get the same functions, as in `from_linen`.
 
     Args:
       net: what takes normalised images.
@@ -114,6 +137,11 @@ def normalized(net: Classifier, mean: Any, std: Any) -> Classifier:
     mean, std = np.asarray(mean, float), np.asarray(std, float)
     if not (std > 0).all():
         raise ValueError(f"standard deviations must be above 0, got {std.tolist()}")
+    return _once(_normalized, net, *((tuple(values.ravel()), values.shape) for values in (mean, std)))
+
+
+def _normalized(net: Classifier, *values: tuple[tuple[float, ...], tuple[int, ...]]) -> Classifier:
+    mean, std = (np.reshape(*value) for value in values)
 
     def scaled(x: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):

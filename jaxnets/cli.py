@@ -26,7 +26,7 @@ ModelName = Literal[
 ]  # fmt: skip
 ObjectiveName = Literal[
     "adversarial", "standard", "fast", "n_fgsm", "grad_align", "free", "trades", "mart", "kurakin",
-    "virtual_adversarial", "ibp", "crown_ibp",
+    "virtual_adversarial", "ensemble_adversarial", "auxiliary", "ibp", "crown_ibp",
 ]  # fmt: skip
 ThreatName = Literal["linf", "l2", "l1"]
 AttackName = Literal["pgd", "fgsm"]
@@ -61,7 +61,9 @@ class Train:
     epsilon: float = 0.2
     """The bound, in units of the data: pixels are in [0, 1]."""
     attack: AttackName = "pgd"
-    """What adversarial, trades and mart train against: many small steps, or one of 1.25 epsilon."""
+    """What adversarial, trades, mart, ensemble_adversarial train against: many small steps, or one of 1.25 epsilon."""
+    sources: tuple[Path, ...] = ()
+    """Runs whose networks ensemble_adversarial attacks too, in place of its own."""
     steps: int | None = None
     """Steps of pgd in training, 10 unless given; in free replays of a batch, 8 unless given."""
     start: StartName | None = None

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 import jaxnets as jn
 from benchmarks import limit, networks, report, speed, work
-from benchmarks.process import Answer, Side
+from benchmarks.process import Answer, Side, environment
 from benchmarks.sides import NotOfferedError, by_hand, jaxnets, to_torch
 from jaxnets.types import Batch
 
@@ -121,6 +121,13 @@ def test_a_side_answers_from_its_own_process():
     finally:
         side.close()
     assert side.ask(work.parse("madry_cnn pgd-1 linf 2")).missing
+
+
+def test_memory_is_kept_unless_the_caller_has_settings_of_his_own(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert "trim_threshold=17179869184" in environment()["GLIBC_TUNABLES"]
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert environment()["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
 
 
 def test_the_page_shows_what_was_measured(tmp_path):

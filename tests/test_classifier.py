@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,10 +58,10 @@ def test_activations_that_nobody_uses_are_not_computed():
 
 
 def test_every_call_of_a_shared_layer_has_a_name():
-    class Twice(models.layers.blocks.nn.Module):
-        @models.layers.blocks.nn.compact
+    class Twice(nn.Module):
+        @nn.compact
         def __call__(self, x):
-            dense = models.layers.blocks.nn.Dense(3, name="dense")
+            dense = nn.Dense(3, name="dense")
             return dense(dense(x))
 
     net = jn.from_linen(Twice())
@@ -103,3 +104,27 @@ def test_normalized_refuses_bytes(network):
     net, params, stats, x = network
     with pytest.raises(ValueError, match="must be floats before they are normalised, got uint8"):
         jn.normalized(net, 0.5, 0.25).infer(params, stats, (255 * x).astype(jnp.uint8))
+
+
+def test_equal_networks_share_their_programs():
+    traces, x = [], jnp.ones((2, 3))
+
+    @jax.jit
+    def logits(model, x):
+        traces.append(0)
+        return model(x)
+
+    def asked(mean, std=0.5, hidden=(4,), seed=0):
+        net = jn.normalized(jn.from_linen(models.MLP(hidden)), mean, std)
+        model = net.logits_fn(*net.init(jax.random.key(seed), x))
+        np.testing.assert_allclose(logits(model, x), model(x), rtol=1e-6)
+        return len(traces)
+
+    assert asked(0.1) == asked(0.1, seed=1) == 1
+    assert asked([0.1, 0.2, 0.3]) == asked(np.array([0.1, 0.2, 0.3]), seed=1) == 2
+    assert [asked([0.1] * 3), asked(0.1, std=0.25), asked(0.1, hidden=(5,))] == [3, 4, 5]
+
+
+def test_modules_without_a_hash_are_networks_too():
+    net = jn.from_linen(nn.Sequential([nn.Dense(3), nn.relu]))
+    assert net.infer(*net.init(KEY, jnp.ones((2, 4))), jnp.ones((2, 4))).shape == (2, 3)

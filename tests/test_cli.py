@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,11 @@ def test_help_shows_every_choice(capsys):
     (["--awp", "-1"], "--awp must be a number from 0 on"),
     (["--objective", "mart", "--label-smoothing", "0.1"], "no probabilities: leave out --label-smoothing"),
     (["--objective", "crown_ibp", "--augment", "crop", "cutmix"], "leave out --augment cutmix"),
+    (["--objective", "auxiliary"], "heads of googlenet and googlenet_bn: small_cnn has none"),
+    (["--objective", "ensemble_adversarial"], "--sources are the runs that ensemble_adversarial attacks"),
+    (["--sources", "runs/a"], "give both or neither, not adversarial"),
+    (["--objective", "ensemble_adversarial", "--sources", "nowhere"], "nowhere is no run"),
+    (["--objective", "ibp", "--model", "vit_small"], "no finite bounds through attention"),
     (["--held-out", "2000"], "of 1437 rows from 1 to 1436 can be held out, got 2000"),
     (["--held-out", "-1"], "--held-out must be a number from 0 on"),
     (["--patience", "2"], "say how many rows with --held-out"),
@@ -193,7 +199,7 @@ KEY = jax.random.key(0)
 BATCH = jn.types.Batch(jnp.full((8, 8, 8, 1), 0.5), jnp.arange(8))
 
 
-@pytest.mark.parametrize("name", typing.get_args(cli.ObjectiveName))
+@pytest.mark.parametrize("name", sorted({*typing.get_args(cli.ObjectiveName)} - {"auxiliary", "ensemble_adversarial"}))
 def test_every_objective_makes_a_step_that_keeps_the_state(name):
     mixed = () if settings.TRAITS[name].of_classes else ("mixup", "cutmix")
     options = {"augment": ("crop", "flip", "cutout", *mixed), "ema": 0.9, "awp": None if name == "free" else 0.01}
@@ -201,6 +207,19 @@ def test_every_objective_makes_a_step_that_keeps_the_state(name):
     after, metrics = jax.eval_shape(step, state, BATCH)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert {"loss", "accuracy"} <= metrics.keys()
+
+
+def test_auxiliary_heads_are_those_of_googlenet():
+    command = settings.settle(cli.Train(objective="auxiliary", model="googlenet", batch_size=8))
+    net = from_linen(networks.module("googlenet", 10, (32, 32, 3)))
+    step = objectives.step_of(command, net, classes=10, side=32, steps=10)
+    batch = BATCH._replace(x=jnp.zeros((8, 32, 32, 3)))
+
+    def after_one():
+        state = jn.training.init_state(KEY, *net.init(KEY, batch.x), run.optimizer_of(command, 10))
+        return step(state, batch)[1]
+
+    assert {"loss", "accuracy"} <= jax.eval_shape(after_one).keys()
 
 
 def test_options_change_the_step():
@@ -225,6 +244,30 @@ def test_a_weight_that_is_averaged_is_the_network():
     net = from_linen(networks.module("perceptron", 10, (8, 8, 1)))
     model = run.model_of(net, state._replace(averaged=averaged))
     np.testing.assert_array_equal(model.args[0]["Dense_0"]["bias"], state.params["Dense_0"]["bias"] + 1)
+
+
+def test_other_runs_are_attacked_in_ensemble_adversarial_training(trained, tmp_path, capsys):
+    options = ["--model", "mlp", "--epochs", "1", "--batch-size", "256", "--examples", "16", "--attack", "fgsm"]
+    ensemble = ["train", *options, "--objective", "ensemble_adversarial", "--out", str(tmp_path / "run")]
+    cli.main([*ensemble, "--sources", str(trained)])
+    assert "ensemble_adversarial against fgsm in Linf" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert saved["sources"] == [str(trained)]
+    assert "sources was" in refusal(capsys, *ensemble, "--sources", str(trained), str(tmp_path / "run"))
+
+
+def test_what_other_runs_give_is_trained_on():
+    """A source whose gradients point the other way changes the loss."""
+    command = settings.settle(cli.Train(objective="ensemble_adversarial", sources=(Path("run"),), steps=2))
+    net, kernel = from_linen(networks.module("mlp", 10, (8, 8, 1))), jax.random.normal(KEY, (64, 10))
+    state = jn.training.init_state(KEY, *net.init(KEY, BATCH.x), run.optimizer_of(command, 10))
+
+    def loss(sign):
+        sources = [lambda x: sign * x.reshape(len(x), -1) @ kernel] * 9
+        step = objectives.step_of(command, net, classes=10, side=8, steps=10, sources=sources)
+        return float(jax.jit(step)(state, BATCH)[1]["loss"])
+
+    assert loss(1) != loss(-1)
 
 
 # Best and last, several networks.

@@ -1,6 +1,6 @@
 """The names of objectives, attacks and augmentations on the command line, and the training steps made of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from jaxnets.commands.settings import Settled
 from jaxnets.data import Augmentation
 from jaxnets.threats import Threat
 from jaxnets.training import Step, make_free_step, make_step, scheduled
-from jaxnets.types import Array, Attack, Loss, Objective
+from jaxnets.types import Array, Attack, LogitsFn, Loss, Objective
 
 
 class Parts(NamedTuple):
@@ -25,6 +25,7 @@ class Parts(NamedTuple):
     Attributes:
       command: whose learning rate, epsilon and beta may be traced.
       net, threat, loss: by their names.
+      sources: other networks, trained before.
       ramp: from 0 at the first step to 1 in the middle of training, and 1 from there on.
     """
 
@@ -32,6 +33,7 @@ class Parts(NamedTuple):
     net: Classifier
     threat: Threat
     loss: Loss
+    sources: Sequence[LogitsFn]
     ramp: Array
 
     @property
@@ -77,6 +79,8 @@ OBJECTIVES: dict[str, Callable[[Parts], Objective]] = {
     "mart": lambda p: objectives.mart(p.net, _attack(p), beta=p.beta),
     "kurakin": lambda p: objectives.kurakin(p.net, attacks.least_likely_class, threat=p.threat, loss=p.loss),
     "virtual_adversarial": lambda p: objectives.virtual_adversarial(p.net, p.threat, weight=p.beta, loss=p.loss),
+    "ensemble_adversarial": lambda p: objectives.ensemble_adversarial(p.net, _attack(p), p.sources, loss=p.loss),
+    "auxiliary": lambda p: objectives.auxiliary(p.net, loss=p.loss),
     "ibp": lambda p: objectives.ibp(p.net, _ramped(p), kappa=1 - p.ramp / 2),
     "crown_ibp": lambda p: objectives.crown_ibp(p.net, _ramped(p), kappa=1 - p.ramp / 2, beta=1 - p.ramp),
 }
@@ -90,7 +94,9 @@ AUGMENTATIONS: dict[str, Callable[[int, int], Augmentation]] = {
 """``(classes, side of the images) -> augmentation``: sizes are those of the papers for 32x32, in proportion."""
 
 
-def step_of(command: Settled, net: Classifier, *, classes: int, side: int, steps: int) -> Step:
+def step_of(
+    command: Settled, net: Classifier, *, classes: int, side: int, steps: int, sources: Sequence[LogitsFn] = ()
+) -> Step:
     """The step of a training of so many ``steps``; the configuration's learning rate, epsilon and beta may be traced.
 
     Args:
@@ -99,6 +105,7 @@ def step_of(command: Settled, net: Classifier, *, classes: int, side: int, steps
       classes: of the data.
       side: of its images.
       steps: of the whole training, which schedules depend on.
+      sources: other networks that are attacked.
     """
     threat, optimizer = THREATS[command.threat](command.epsilon), optimizer_of(command, steps)
     loss = losses.smoothed(command.label_smoothing) if command.label_smoothing else losses.cross_entropy
@@ -106,7 +113,7 @@ def step_of(command: Settled, net: Classifier, *, classes: int, side: int, steps
 
     def at(t: Array) -> Step:
         ramp = jnp.minimum(2 * t / steps, 1.0)
-        objective = OBJECTIVES[command.objective](Parts(command, net, threat, loss, ramp))
+        objective = OBJECTIVES[command.objective](Parts(command, net, threat, loss, sources, ramp))
         if command.awp is not None:
             objective = objectives.awp(objective, gamma=command.awp)
         if changes:

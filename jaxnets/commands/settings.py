@@ -38,6 +38,8 @@ TRAITS = {
     "mart": Traits(beta=6.0, start="gaussian", of_classes=True),
     "kurakin": Traits(),
     "virtual_adversarial": Traits(beta=1.0),
+    "ensemble_adversarial": Traits(),
+    "auxiliary": Traits(),
     "ibp": Traits(of_classes=True, certifies=True),
     "crown_ibp": Traits(of_classes=True, certifies=True),
 }
@@ -147,6 +149,12 @@ def _check_objective(command: Settled) -> None:
         raise ValueError("--awp takes the weights of one pass, free updates them in each: leave one of the two")
     if name == "trades" and command.start == "at_clean":
         raise ValueError("--start at_clean: there the divergence of trades has no gradient, take another")
+    if traits.certifies and command.model == "vit_small":
+        raise ValueError(f"{name} finds no finite bounds through attention: take another --model than vit_small")
+    if bool(command.sources) != (name == "ensemble_adversarial"):
+        raise ValueError(f"--sources are the runs that ensemble_adversarial attacks: give both or neither, not {name}")
+    if name == "auxiliary" and not command.model.startswith("googlenet"):
+        raise ValueError(f"auxiliary trains the heads of googlenet and googlenet_bn: {command.model} has none")
     mixed = [one for one in command.augment if one in ("mixup", "cutmix")]
     if traits.of_classes and (mixed or command.label_smoothing):
         wish = f"--augment {mixed[0]}" if mixed else "--label-smoothing"

@@ -21,11 +21,12 @@ from jaxnets.commands.reports import (
     members_table,
     moments,
 )
-from jaxnets.commands.run import Run, build, claim, rows_of, total_steps, write_json
+from jaxnets.commands.run import Run, build, claim, load, rows_of, total_steps, write_json
 from jaxnets.commands.settings import Settled, members, settle
 from jaxnets.fit import fit
 from jaxnets.sweeps import member, stack, sweep, write_members
 from jaxnets.training import Step, TrainState
+from jaxnets.types import LogitsFn
 
 
 def train(command: Train) -> None:
@@ -37,10 +38,11 @@ def train(command: Train) -> None:
 def _train_one(command: Settled) -> None:
     dataset, held_out = rows_of(command)
     run = build(command, dataset, held_out)
+    step = _step(command, run, _sources(command, run))
     folder = command.out or Path("runs") / f"{_name(command)}-seed{command.seed}"
     claim(folder, command)
     print(f"{folder}: {_describe(command, run)}", flush=True)
-    state = _fit(command, folder, run, _step(command, run), run.state, partial(look, command, run))
+    state = _fit(command, folder, run, step, run.state, partial(look, command, run))
     kept = finish(folder, command, run, state)
     for name, (step, report) in kept.items():
         which = f", {name} (step {step})" if len(kept) > 1 else ""
@@ -56,16 +58,15 @@ def _train_several(command: Settled) -> None:
     folder = command.out or Path("runs") / _name(command)
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} is the run of one network: choose another --out")
+    first = next(iter(runs.values()))
+    steps = _steps(command, first)
     together = folder / ".together"
     claim(together, command)
     for name, one in commands.items():
         claim(folder / name, one)
-    first = next(iter(runs.values()))
     print(f"{folder}: {len(runs)} networks, {', '.join(runs)}; each {_describe(command, first)}", flush=True)
     state = stack([run.state for run in runs.values()])
-    states = _fit(
-        command, together, first, _steps(command, first), state, partial(look_at_all, command, list(runs.values()))
-    )
+    states = _fit(command, together, first, steps, state, partial(look_at_all, command, list(runs.values())))
     write_members(together, states, [folder / name for name in runs])
     kept = {}
     for number, (name, run) in enumerate(runs.items()):
@@ -111,19 +112,29 @@ def _fit(
     )
 
 
-def _step(command: Settled, run: Run) -> Step:
+def _sources(command: Settled, run: Run) -> list[LogitsFn]:
+    models = []
+    for folder in command.sources:
+        other, model = load(folder, examples=1, data_dir=command.data_dir)
+        if (other.x.shape[1:], other.dataset.classes) != (run.x.shape[1:], run.dataset.classes):
+            raise ValueError(f"--sources {folder} was trained on {other.dataset.name}, not on {command.data}")
+        models.append(model)
+    return models
+
+
+def _step(command: Settled, run: Run, sources: list[LogitsFn]) -> Step:
     dataset = run.dataset
     side, steps = min(run.x.shape[1:3]), total_steps(command, dataset)
-    return step_of(command, run.net, classes=len(dataset.classes), side=side, steps=steps)
+    return step_of(command, run.net, classes=len(dataset.classes), side=side, steps=steps, sources=sources)
 
 
 def _steps(command: Settled, run: Run) -> Step:
     """The step of all networks: what is swept is traced."""
-    swept = command.sweep
+    swept, sources = command.sweep, _sources(command, run)
     if swept is None:
-        return sweep(lambda _: _step(command, run), ())
+        return sweep(lambda _: _step(command, run, sources), ())
     values = jnp.array([getattr(one, swept) for one in members(command).values()])
-    return sweep(lambda value: _step(replace(command, **{swept: value}), run), values)
+    return sweep(lambda value: _step(replace(command, **{swept: value}), run, sources), values)
 
 
 def _name(command: Settled) -> str:
@@ -142,8 +153,8 @@ def _describe(command: Settled, run: Run) -> str:
 
 
 def _against(command: Settled, run: Run) -> str:
-    if command.objective == "standard":
+    if command.objective in ("standard", "auxiliary"):
         return ""
-    attacked = command.objective in ("adversarial", "trades", "mart")
+    attacked = command.objective in ("adversarial", "trades", "mart", "ensemble_adversarial")
     threat = type(run.threat).__name__ if command.sweep == "epsilon" else run.threat
     return f" against {command.attack} in {threat}" if attacked else f" in {threat}"
