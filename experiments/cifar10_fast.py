@@ -63,7 +63,7 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "narrow": Form(8, None, 5_000, 8, 500, 2),
+    "narrow": Form(8, None, 5_000, 6, 500, 2),
     "full": Form(64, jnp.bfloat16, 50_000, 15, 10_000, 10),
 }
 

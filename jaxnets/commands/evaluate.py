@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,18 @@ SUITES: dict[str, Callable[[Evaluate, Threat, int], dict[str, Attack]]] = {
     "autoattack_plus": _cascade(attacks.plus, "autoattack plus"),
     "autoattack_rand": _cascade(attacks.rand, "autoattack rand"),
 }
-
-
 MARGINS: dict[str, certificates.Margins] = {
     "intervals": certificates.interval_margins,
     "crown": certificates.tightest_margins,
 }
+
+# Attacks that are made once are compiled once for all runs.
+_PGD_20 = partial(attacks.pgd, steps=20)
+
+
+@lru_cache(maxsize=16)
+def _suite(command: Evaluate, threat: Threat, classes: int) -> dict[str, Attack]:
+    return SUITES[command.attack](command, threat, classes)
 
 
 def evaluate(command: Evaluate) -> None:
@@ -98,7 +104,7 @@ def evaluate(command: Evaluate) -> None:
 
 
 def _attack(command: Evaluate, run: Run, model: Any) -> Report:
-    suite = SUITES[command.attack](command, run.threat, len(run.dataset.classes))
+    suite = _suite(command, run.threat, len(run.dataset.classes))
     key = jax.random.key(command.seed)
     for warning in attacks.check_model(key, model, run.x[:100], run.y[:100]):
         print(f"jaxnets: {warning}", file=sys.stderr)
@@ -174,6 +180,5 @@ def _finite(value: float) -> float | None:
 def pgd_curve(run: Run, model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Accuracy of at most 500 test rows under PGD-20 from no perturbation to twice the threat's."""
     epsilons = np.linspace(0, 2 * (run.threat.epsilon or 0.1), 9)
-    attack = partial(attacks.pgd, steps=20)
     x, y = run.x[:500], run.y[:500]
-    return epsilons, robustness_curve(run.attack_key, model, x, y, attack, threat=run.threat, epsilons=epsilons)
+    return epsilons, robustness_curve(run.attack_key, model, x, y, _PGD_20, threat=run.threat, epsilons=epsilons)
