@@ -16,8 +16,8 @@ training::
 
 Each is more robust with perturbed weights. The differences are small for 250 rows; trained against PGD-5 instead, 17.2%
 of 1,000 test rows withstood PGD-20 without and 21.7% with them, in TRADES 16.3% and 18.7%. What they are for is robust
-overfitting: of the training rows 37.6% withstood it without and 29.0% with them. That TRADES leads adversarial training,
-as published, does not show.
+overfitting: of the training rows 37.6% withstood it without and 29.0% with them. That TRADES leads adversarial
+training, as published, does not show.
 
 Published, ResNet-18 under AutoAttack (one library, same settings): adversarial 48.7, TRADES 49.5, MART 47.5; with AWP
 50.8, 51.6, 50.0.
