@@ -2,4 +2,5 @@
 
 import jaxnets as jn
 
+# Before JAX computes anything.
 jn.cpu.tune()

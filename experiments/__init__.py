@@ -7,6 +7,7 @@ from typing import Any
 
 import jaxnets as jn
 
+# Before JAX computes anything.
 jn.cpu.tune()
 
 

@@ -171,11 +171,10 @@ def run(
     optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9))
     state = jn.training.init_state(train_key, *net.init(init_key, x[:1]), optimizer)
     augmentations = (jn.data.random_crop, jn.data.random_flip) if colour else ()
-    objective = objectives.augmented(method(net), *augmentations)
-    step: Step = make_step(objective, optimizer)
+    step: Step = make_step(objectives.augmented(method(net), *augmentations), optimizer)
     if name == "free":
         state = state._replace(perturbation=jnp.zeros((form.batch_size, *x.shape[1:])))
-        step = make_free_step(objective, optimizer, threat=THREAT, replays=replays)
+        step = make_free_step(method(net), optimizer, threat=THREAT, replays=replays, augmentations=augmentations)
     began = time.monotonic()
     state = jn.fit.fit(step, state, rows, folder=folder, epochs=epochs, batch_size=form.batch_size)
     seconds = time.monotonic() - began

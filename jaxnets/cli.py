@@ -63,7 +63,7 @@ class Train:
     attack: AttackName = "pgd"
     """What adversarial, trades, mart, ensemble_adversarial train against: many small steps, or one of 1.25 epsilon."""
     sources: tuple[Path, ...] = ()
-    """Runs whose networks ensemble_adversarial attacks too, in place of its own."""
+    """Runs whose networks ensemble_adversarial attacks too, beside its own."""
     steps: int | None = None
     """Steps of pgd in training, 10 unless given; in free replays of a batch, 8 unless given."""
     start: StartName | None = None

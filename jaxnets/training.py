@@ -1,12 +1,13 @@
 """Steps of training as pure functions of their state: one update by an objective's gradient, and free replays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxnets.data.augmentation import Augmentation, in_turn
 from jaxnets.threats import Threat, each_row
 from jaxnets.types import Array, Batch, Metrics, Objective, Params, Stats
 
@@ -68,6 +69,7 @@ def make_free_step(
     threat: Threat,
     replays: int = 8,
     step_size: Any = None,
+    augmentations: Sequence[Augmentation] = (),
 ) -> Step:
     """Free adversarial training: every batch is replayed, and one backward pass a replay serves weights and attack.
 
@@ -87,6 +89,7 @@ def make_free_step(
       threat: ball and box.
       replays: of each batch, at least 1; 8 in the paper for CIFAR-10.
       step_size: in the threat's norm; epsilon unless given.
+      augmentations: of a batch, drawn once for all of its replays: a perturbation is one of the rows as they are seen.
 
     Raises:
       ValueError: for fewer than one replay, or a perturbation that does not have the batch's shape.
@@ -112,6 +115,7 @@ def make_free_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_perturbation(state, batch)
         key = jax.random.fold_in(state.key, state.step)
+        batch = in_turn(augmentations, jax.random.fold_in(key, replays), batch)
 
         def replay(carry: tuple[TrainState, Array], number: Array) -> tuple[tuple[TrainState, Array], Metrics]:
             state, x_adv = carry

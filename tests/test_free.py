@@ -99,6 +99,30 @@ def test_statistics_move_and_dropout_draws_anew_in_every_replay():
     assert len(set(draws)) == 8
 
 
+def test_all_replays_see_a_batch_augmented_once():
+    """The perturbation that one replay leaves is that of the rows of the next, and the next batch is drawn anew."""
+    seen = []
+
+    def shifted(key, batch):
+        return batch._replace(x=batch.x + jax.random.uniform(key))
+
+    def objective(params, stats, batch, key):
+        jax.debug.callback(lambda x: seen.append(np.array(x)), batch.x, ordered=True)
+        return jnp.sum(params["Dense_0"]["bias"]), (stats, {"loss": jnp.sum(batch.x)})
+
+    optimizer = optax.sgd(0.1)
+    step = make_free_step(objective, optimizer, threat=jn.Linf(0.0, -9, 9), replays=3, augmentations=[shifted, shifted])
+    state = start(optimizer)
+    for _ in range(2):
+        state, _ = jax.jit(step)(state, Batch(jnp.zeros((4, 5)), jnp.zeros(4, int)))
+    jax.block_until_ready(state)
+    jax.effects_barrier()
+    shifts = [rows[0, 0] for rows in seen]
+    assert len(shifts) == 6
+    assert shifts[0] == shifts[1] == shifts[2] != shifts[3] == shifts[4] == shifts[5]
+    assert min(shifts) > 0
+
+
 def test_both_gradients_come_from_one_pass():
     """A replay's operations are those of the two gradients together, far fewer than of two passes."""
     net = jn.from_linen(jn.models.MLP((200, 200), 3))

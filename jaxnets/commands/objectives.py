@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import optax
 
 from jaxnets import attacks, data, losses, objectives
 from jaxnets.averaging import ema, with_average
@@ -116,17 +115,9 @@ def step_of(
         objective = OBJECTIVES[command.objective](Parts(command, net, threat, loss, sources, ramp))
         if command.awp is not None:
             objective = objectives.awp(objective, gamma=command.awp)
-        if changes:
-            objective = objectives.augmented(objective, *changes)
-        return _with_updates(command, objective, optimizer, threat)
+        if command.objective == "free":
+            return make_free_step(objective, optimizer, threat=threat, replays=command.replays, augmentations=changes)
+        return make_step(objectives.augmented(objective, *changes), optimizer)
 
     step = scheduled(at)
     return step if command.ema is None else with_average(step, ema(command.ema))
-
-
-def _with_updates(
-    command: Settled, objective: Objective, optimizer: optax.GradientTransformation, threat: Threat
-) -> Step:
-    if command.objective == "free":
-        return make_free_step(objective, optimizer, threat=threat, replays=command.replays)
-    return make_step(objective, optimizer)

@@ -5,7 +5,7 @@ Each is ``(key, batch) -> batch``, configured with `functools.partial`, for imag
 batch alone; mixtures take two rows by nature.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,13 @@ from jaxnets.types import Array, Batch
 
 Augmentation = Callable[[Array, Batch], Batch]
 """``(key, batch) -> batch``."""
+
+
+def in_turn(augmentations: Sequence[Augmentation], key: Array, batch: Batch) -> Batch:
+    """The batch as the augmentations leave it, one after the other, each with a key of its own."""
+    for number, augment in enumerate(augmentations):
+        batch = augment(jax.random.fold_in(key, number), batch)
+    return batch
 
 
 def random_crop(key: Array, batch: Batch, *, padding: int = 4) -> Batch:

@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxnets.data.augmentation import Augmentation
+from jaxnets.data.augmentation import Augmentation, in_turn
 from jaxnets.types import Array, Batch, Metrics, Objective, Params, Stats
 
 
@@ -10,7 +10,8 @@ def augmented(objective: Objective, *augmentations: Augmentation) -> Objective:
     """The objective of the batch as the augmentations, one after the other, leave it.
 
     It stands outside of other wrappers: ``augmented(awp(trades(...), ...), random_crop, random_flip)``. `data.mixup`
-    and `data.cutmix` make labels probabilities ``[B, K]``, of which the ``accuracy`` takes the largest.
+    and `data.cutmix` make labels probabilities ``[B, K]``, of which the ``accuracy`` takes the largest. Free replays
+    would draw anew each: `training.make_free_step` takes augmentations itself.
 
     Args:
       objective: any whose loss takes such labels.
@@ -25,8 +26,6 @@ def augmented(objective: Objective, *augmentations: Augmentation) -> Objective:
 
     def on_augmented(params: Params, stats: Stats, batch: Batch, key: Array) -> tuple[Array, tuple[Stats, Metrics]]:
         augment_key, key = jax.random.split(key)
-        for number, augment in enumerate(augmentations):
-            batch = augment(jax.random.fold_in(augment_key, number), batch)
-        return objective(params, stats, batch, key)
+        return objective(params, stats, in_turn(augmentations, augment_key, batch), key)
 
     return on_augmented
