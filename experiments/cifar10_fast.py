@@ -15,8 +15,8 @@ other work beside it. Rebuilt CIFAR-10, seed 0, 500 test rows; seconds of traini
     free                32.2%       22.8%      387
     pgd-7               36.8%       26.6%      375
 
-Methods take as many passes over the rows as in the papers, in proportion: in a fifth of the time FGSM with a random start
-is nearly as robust as PGD-7, and so is free training.
+Methods take as many passes over the rows as in the papers, in proportion: in a fifth of the time FGSM with a random
+start is nearly as robust as PGD-7, and so is free training.
 
 Published (rows of 15, 12 and 40 epochs), clean and PGD-50 with 10 restarts: FGSM 83.8 and 46.1 in the paper, 79.3 to
 79.5 and 44.9 to 45.3 in reruns; free 77.0 to 78.4 and 46.0 to 46.2; PGD-7 86.8 and 46.3.
