@@ -104,7 +104,8 @@ def speed_picture(path: Path, rows: Sequence[Row]) -> None:
 
 
 def heading(rates: Rates, rounds: int) -> str:
-    flags = " and ".join(f"`{name}={environment().get(name, '')}`" for name in ("XLA_FLAGS", "GLIBC_TUNABLES"))
+    settings = environment()
+    flags = " and ".join(f"`{name}={settings.get(name, '')}`" for name in ("XLA_FLAGS", "GLIBC_TUNABLES"))
     return (
         f"{machine()}. {versions()}.\n\n"
         f"Products of matrices run at {rates.flops / 1e9:.0f} GFLOP/s, sums of arrays at {rates.bytes / 1e9:.0f} GB/s: "

@@ -390,5 +390,5 @@ def _unit(gradient: Array) -> Array:
     """``g / |g|`` at any scale of ``g``, zero where ``g`` is zero: scaled first, a tiny gradient does not underflow."""
     most = jax.lax.stop_gradient(largest(jnp.abs(gradient)))
     scaled = gradient / jnp.where(most > 0, most, 1)
-    length = root(total(scaled**2))
-    return scaled / jnp.where(length > 0, length, 1)
+    size = root(total(scaled**2))
+    return scaled / jnp.where(size > 0, size, 1)

@@ -103,6 +103,8 @@ def test_help_shows_every_choice(capsys):
     (["--sweep", "learning_rate", "--values", "0.1", "0"], "--learning-rate must be above 0"),
     (["--sweep", "learning_rate", "--values", "0.1", "--learning-rate", "0.1"], "--learning-rate is swept"),
     (["--sweep", "epsilon", "--values", "0.1", "--objective", "standard"], "the same network for every epsilon"),
+    (["--sweep", "epsilon", "--values", "0.1", "--objective", "auxiliary", "--model", "googlenet"],
+     "auxiliary trains the same network for every epsilon"),
 ])  # fmt: skip
 def test_impossible_wishes_get_one_line(capsys, tmp_path, arguments, said):
     assert said in refusal(capsys, "train", "--out", str(tmp_path / "run"), *arguments)
@@ -184,11 +186,17 @@ def test_evaluate_puts_certificates_below_attacks(threat, epsilon, trained, tmp_
 # Objectives.
 
 
-def step_and_state(**changes):
-    """The step of a configuration for a network of ten classes, and its state; no data is read."""
-    command = settings.settle(cli.Train(**{"model": "perceptron", "batch_size": 8, **changes}))
+def step_and_state(sign=1, **changes):
+    """The step of a configuration for a network of ten classes, and its state; no data is read.
+
+    Other networks that it attacks are a linear one, times ``sign``.
+    """
+    folders = (Path("run"),) if changes.get("objective") == "ensemble_adversarial" else ()
+    command = settings.settle(cli.Train(**{"model": "perceptron", "batch_size": 8, "sources": folders, **changes}))
+    kernel = jax.random.normal(KEY, (64, 10))
     net = from_linen(networks.module(command.model, 10, (8, 8, 1)))
-    step = objectives.step_of(command, net, classes=10, side=8, steps=10)
+    sources = [lambda x: sign * x.reshape(len(x), -1) @ kernel] * 9
+    step = objectives.step_of(command, net, classes=10, side=8, steps=10, sources=sources)
     state = jn.training.init_state(KEY, *net.init(KEY, BATCH.x), run.optimizer_of(command, 10))
     if command.objective == "free":
         state = state._replace(perturbation=jnp.zeros_like(BATCH.x))
@@ -199,7 +207,7 @@ KEY = jax.random.key(0)
 BATCH = jn.types.Batch(jnp.full((8, 8, 8, 1), 0.5), jnp.arange(8))
 
 
-@pytest.mark.parametrize("name", sorted({*typing.get_args(cli.ObjectiveName)} - {"auxiliary", "ensemble_adversarial"}))
+@pytest.mark.parametrize("name", sorted({*typing.get_args(cli.ObjectiveName)} - {"auxiliary"}))
 def test_every_objective_makes_a_step_that_keeps_the_state(name):
     mixed = () if settings.TRAITS[name].of_classes else ("mixup", "cutmix")
     options = {"augment": ("crop", "flip", "cutout", *mixed), "ema": 0.9, "awp": None if name == "free" else 0.01}
@@ -258,13 +266,9 @@ def test_other_runs_are_attacked_in_ensemble_adversarial_training(trained, tmp_p
 
 def test_what_other_runs_give_is_trained_on():
     """A source whose gradients point the other way changes the loss."""
-    command = settings.settle(cli.Train(objective="ensemble_adversarial", sources=(Path("run"),), steps=2))
-    net, kernel = from_linen(networks.module("mlp", 10, (8, 8, 1))), jax.random.normal(KEY, (64, 10))
-    state = jn.training.init_state(KEY, *net.init(KEY, BATCH.x), run.optimizer_of(command, 10))
 
     def loss(sign):
-        sources = [lambda x: sign * x.reshape(len(x), -1) @ kernel] * 9
-        step = objectives.step_of(command, net, classes=10, side=8, steps=10, sources=sources)
+        step, state = step_and_state(sign, model="mlp", objective="ensemble_adversarial", steps=2)
         return float(jax.jit(step)(state, BATCH)[1]["loss"])
 
     assert loss(1) != loss(-1)

@@ -69,7 +69,7 @@ def interval_margins(logits_fn: LogitsFn, lower: Array, upper: Array, y: Array, 
 
 
 def check_box(lower: Array, upper: Array, norm: float, y: Array | None = None) -> None:
-    """Raises ValueError unless ``lower`` and ``upper`` are floats ``[B, ...]`` of one shape and ``y`` is ``[B]``."""
+    """Raises ValueError unless the ends are floats ``[B, ...]`` alike, the norm is known and ``y`` is ``[B]``."""
     if norm not in (1, 2, jnp.inf):
         raise ValueError(f"norm must be 1, 2 or infinity, got {norm}")
     if lower.shape != upper.shape or lower.ndim < 2 or not jnp.issubdtype(lower.dtype, jnp.floating):

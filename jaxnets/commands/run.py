@@ -7,6 +7,7 @@ import dataclasses
 import json
 import platform
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,9 +69,15 @@ class Run(NamedTuple):
     watched: tuple[np.ndarray, np.ndarray]
 
 
+@lru_cache(maxsize=1)
+def _dataset(name: str, data_dir: Path | None) -> data.Dataset:
+    """Read once for runs that follow each other."""
+    return data.load(name, data_dir)
+
+
 def rows_of(command: Settled) -> tuple[data.Dataset, data.Split | None]:
     """The data without the rows that are held out, the same for every seed, and those rows."""
-    dataset = data.load(command.data, command.data_dir)
+    dataset = _dataset(command.data, command.data_dir)
     if not command.held_out:
         return dataset, None
     rest, held_out = data.hold_out(dataset.train, command.held_out, key=jax.random.key(0))
@@ -139,7 +146,7 @@ def load(
         "data_dir": data_dir or (Path(values["data_dir"]) if values.get("data_dir") else None),
     }
     trained = dataclasses.replace(trained, examples=examples, **changes)
-    run = build(trained, data.load(trained.data, trained.data_dir))
+    run = build(trained, _dataset(trained.data, trained.data_dir))
     best = None if last else restore_best(folder, run.state)
     state = best[0] if best else Checkpoints(folder / "checkpoints").restore(run.state)
     if state is None:

@@ -18,6 +18,8 @@ class Traits(NamedTuple):
       steps: of its attack unless given.
       of_classes: its labels are classes, neither smoothed nor mixed.
       certifies: it bounds what its threat can do, and so does the report.
+      attacks: by the attack of a name, --attack.
+      in_a_threat: its threat, and so epsilon, changes the training.
     """
 
     beta: float | None = None
@@ -25,21 +27,23 @@ class Traits(NamedTuple):
     steps: int = 10
     of_classes: bool = False
     certifies: bool = False
+    attacks: bool = False
+    in_a_threat: bool = True
 
 
 TRAITS = {
-    "standard": Traits(),
-    "adversarial": Traits(),
+    "standard": Traits(in_a_threat=False),
+    "adversarial": Traits(attacks=True),
     "fast": Traits(),
     "n_fgsm": Traits(),
     "grad_align": Traits(beta=0.2),
     "free": Traits(steps=8),
-    "trades": Traits(beta=6.0, start="gaussian"),
-    "mart": Traits(beta=6.0, start="gaussian", of_classes=True),
+    "trades": Traits(beta=6.0, start="gaussian", attacks=True),
+    "mart": Traits(beta=6.0, start="gaussian", of_classes=True, attacks=True),
     "kurakin": Traits(),
     "virtual_adversarial": Traits(beta=1.0),
-    "ensemble_adversarial": Traits(),
-    "auxiliary": Traits(),
+    "ensemble_adversarial": Traits(attacks=True),
+    "auxiliary": Traits(in_a_threat=False),
     "ibp": Traits(of_classes=True, certifies=True),
     "crown_ibp": Traits(of_classes=True, certifies=True),
 }
@@ -169,8 +173,8 @@ def _check_several(command: Settled) -> None:
         raise ValueError(f"--values must differ in their first six digits, got {command.values}")
     if command.patience is not None and command.is_several:
         raise ValueError("--patience ends one training: networks that are trained together end together")
-    if command.sweep == "epsilon" and command.objective == "standard":
-        raise ValueError("--sweep epsilon: standard trains the same network for every epsilon")
+    if command.sweep == "epsilon" and not TRAITS[command.objective].in_a_threat:
+        raise ValueError(f"--sweep epsilon: {command.objective} trains the same network for every epsilon")
 
 
 def _dashed(name: str) -> str:

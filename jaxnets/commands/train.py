@@ -22,7 +22,7 @@ from jaxnets.commands.reports import (
     moments,
 )
 from jaxnets.commands.run import Run, build, claim, load, rows_of, total_steps, write_json
-from jaxnets.commands.settings import Settled, members, settle
+from jaxnets.commands.settings import TRAITS, Settled, members, settle
 from jaxnets.fit import fit
 from jaxnets.sweeps import member, stack, sweep, write_members
 from jaxnets.training import Step, TrainState
@@ -44,8 +44,8 @@ def _train_one(command: Settled) -> None:
     print(f"{folder}: {_describe(command, run)}", flush=True)
     state = _fit(command, folder, run, step, run.state, partial(look, command, run))
     kept = finish(folder, command, run, state)
-    for name, (step, report) in kept.items():
-        which = f", {name} (step {step})" if len(kept) > 1 else ""
+    for name, (number, report) in kept.items():
+        which = f", {name} (step {number})" if len(kept) > 1 else ""
         print(f"accuracy on {len(run.y)} test rows, {command.threat} {command.epsilon:g}{which}:\n{report}")
     print(f"pictures: {folder}/curves.png, robustness.png, gallery.png")
 
@@ -153,8 +153,8 @@ def _describe(command: Settled, run: Run) -> str:
 
 
 def _against(command: Settled, run: Run) -> str:
-    if command.objective in ("standard", "auxiliary"):
+    traits = TRAITS[command.objective]
+    if not traits.in_a_threat:
         return ""
-    attacked = command.objective in ("adversarial", "trades", "mart", "ensemble_adversarial")
     threat = type(run.threat).__name__ if command.sweep == "epsilon" else run.threat
-    return f" against {command.attack} in {threat}" if attacked else f" in {threat}"
+    return f" against {command.attack} in {threat}" if traits.attacks else f" in {threat}"

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.objectives.directions import length, unit
+from jaxnets.folds import length
+from jaxnets.objectives.directions import unit
 from jaxnets.objectives.minmax import MinMax, halves
 from jaxnets.types import Array, Batch, Metrics, Objective, Params, Stats
 

@@ -1,4 +1,4 @@
-"""Lengths and directions of gradients, without a ball or a box."""
+"""Directions of gradients, without a ball or a box."""
 
 import jax.numpy as jnp
 
@@ -6,15 +6,6 @@ from jaxnets.threats import L2
 from jaxnets.types import Array
 
 _FREE = L2(1.0, -jnp.inf, jnp.inf)
-
-
-def length(vector: Array) -> Array:
-    """The Euclidean length of an array of any shape, at any scale.
-
-    >>> print(length(jnp.array([3e30, 4e30])))
-    5e+30
-    """
-    return _FREE.size(vector)
 
 
 def unit(vector: Array) -> Array:
