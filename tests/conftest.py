@@ -12,11 +12,11 @@ _QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 
-# As the command does, so that no test's program depends on whether another has called it before.
-cpu.tune()
-
 # The command keeps what it compiles in the user's home; the tests leave nothing there.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+# As the command does, so that no test's program depends on whether another has called it before.
+cpu.tune()
 
 import jax
 

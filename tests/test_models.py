@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import jaxnets as jn
+from jaxnets import cpu
 from jaxnets.models import layers, lenet
 from jaxnets.models.layers import units
 
@@ -44,6 +45,15 @@ def ours(name):
 def theirs(name):
     numbers = ("NHWC", "HWIO", "NHWC")
     return lambda x, k: lax.conv_general_dilated(x, k, **CONVOLUTIONS[name], dimension_numbers=numbers)
+
+
+@pytest.fixture(params=["xla", "onednn"])
+def library(request, monkeypatch):
+    """Whose convolutions the layers are written for, and single precision is compiled to."""
+    monkeypatch.setattr(cpu, "by_onednn", lambda dtype: request.param == "onednn")
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
 
 
 def derivatives(convolve):
@@ -82,15 +92,17 @@ def derivatives(convolve):
 
 @pytest.mark.parametrize("channels", [3, 6, 30])
 @every_convolution
-def test_convolution_and_its_derivatives(name, channels, x64):
+def test_convolution_and_its_derivatives(name, channels, x64, library, monkeypatch):
     """A CPU computes with few channels in ways of their own."""
+    # Which has no double precision.
+    monkeypatch.setattr(cpu, "_suits", lambda *_, **__: False)
     arguments = operands(name, np.float64, channels)
     got, expected = (derivatives(f(name))(*arguments) for f in (ours, theirs))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), got, expected)
 
 
 @every_convolution
-def test_convolution_in_single_precision(name):
+def test_convolution_in_single_precision(name, library):
     x, k, *_ = operands(name, np.float32)
 
     def value_and_gradients(convolve):
@@ -130,9 +142,18 @@ def labels(text):
     return {line.split("dim_labels=")[1].split(",")[0] for line in text.splitlines() if "dim_labels=" in line}
 
 
+def convolutions_by_onednn(text):
+    """How many there are, where there are no others."""
+    assert not labels(text)
+    return text.count('custom_call_target="__onednn$convolution"')
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a fact of the CPU backend")
 @pytest.mark.parametrize("argnum", [0, 1], ids=["input", "kernel"])
-def test_gradients_in_loops_are_in_the_form_that_cpus_are_fast_in(argnum):
+def test_gradients_in_loops_are_in_the_form_that_cpus_are_fast_in(argnum, library):
+    if library == "onednn":
+        assert convolutions_by_onednn(compiled_loop(ours("same"), argnum)) == 2
+        return
     assert "01oi" not in compiled_loop(ours("same"), argnum)
     assert labels(compiled_loop(ours("same"), argnum)) == FAST
     assert not labels(compiled_loop(theirs("same"), argnum)) <= FAST, "XLA no longer needs help"
@@ -164,8 +185,11 @@ def test_what_is_pulled_back_and_its_gradients(name, x64):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a fact of the CPU backend")
 @pytest.mark.parametrize("argnum", [0, 1], ids=["cotangent", "kernel"])
-def test_gradients_of_what_is_pulled_back_are_in_the_fast_form_too(argnum):
+def test_gradients_of_what_is_pulled_back_are_in_the_fast_form_too(argnum, library):
     _, pull = pulled("plain", jnp.ones((4, 10, 10, 16)))
+    if library == "onednn":
+        assert convolutions_by_onednn(compiled_loop(pull, argnum)) == 2
+        return
     assert labels(compiled_loop(pull, argnum)) == FAST
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnets import cpu
 from jaxnets.models.layers.bilinear import bilinear
 from jaxnets.types import Array
 
@@ -96,7 +97,7 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
         # The transpose swaps the kernel's I and O, from HWOI to HWIO, and reverses it: here already, for a loop's
         # convolution would do so in every round.
         kernel = lax.rev(rhs.transpose(0, 1, 3, 2), (0, 1))
-        pixels = _pixels(lhs_dot.shape[2], kernel) if dense else 1
+        pixels = _pixels(lhs_dot.shape[2], kernel) if dense and not cpu.by_onednn(lhs_dot.dtype) else 1
         kernel = lax.rev(lax.optimization_barrier(_beside(kernel, pixels)), (0, 1))
         lhs_dot = lhs_dot.reshape(*lhs_dot.shape[:2], -1, pixels * lhs_dot.shape[3])
         above_below, (left, right) = edges
@@ -110,6 +111,8 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
         # NHWC, HWIO -> NHWC.
         if few(lhs) and strides != (1, 1):
             return convolved(*_blocks_as_channels(lhs, rhs_dot, strides, padding), (1, 1), _NO_PADDING, swap=True)
+        if cpu.by_onednn(lhs.dtype) and not few(lhs) and rhs_dot.shape[:2] != (1, 1):
+            return _channels_as_pixels(lhs, rhs_dot, strides, padding, **settings)
         return convolved(lhs, rhs_dot, strides, padding, swap=True)
 
     def convolve(lhs, rhs):
@@ -125,7 +128,8 @@ def _convolved(
 ) -> Array:
     """The convolution; ``swap`` has batch and features change places in what is computed, not in the result."""
     width = lhs.shape[2] + sum(padding[1]) - rhs.shape[1] + 1
-    pixels = _pixels(width, rhs) if strides == rhs_dilation == (1, 1) else 1
+    by_xla = swap or not cpu.by_onednn(lhs.dtype)
+    pixels = _pixels(width, rhs) if by_xla and strides == rhs_dilation == (1, 1) else 1
     rhs, numbers = _beside(rhs, pixels), _NHWC
     if swap:
         lhs, rhs, numbers = lhs.transpose(3, 1, 2, 0), rhs.transpose(2, 0, 1, 3), ("CHWN", "IHWO", "HWNC")
@@ -135,6 +139,21 @@ def _convolved(
     )
     out = out.transpose(2, 0, 1, 3) if swap else out
     return out.reshape(*out.shape[:2], pixels * out.shape[2], -1)
+
+
+def _channels_as_pixels(
+    lhs: Array, rhs: Array, strides: tuple[int, int], padding: Any, *, rhs_dilation: tuple[int, int], precision: Any
+) -> Array:
+    """The convolution in three dimensions, the last of them the input's channels, which the kernel covers at once.
+
+    For the kernel's gradient, which is long products for each pair of channels: those of the input become the pixels,
+    which the multiplication of matrices in oneDNN needs many of, where the kernel alone has nine.
+    """
+    out = lax.conv_general_dilated(
+        lhs.transpose(1, 2, 3, 0)[None], rhs[None], (*strides, 1), (*padding, (0, 0)), rhs_dilation=(*rhs_dilation, 1),
+        dimension_numbers=("CDHWN", "IDHWO", "NDHWC"), precision=precision,
+    )  # fmt: skip
+    return out[:, :, :, 0]
 
 
 def _pixels(width: int, rhs: Array) -> int:
