@@ -76,4 +76,4 @@ ON_CPU = [
     *on("resnet18_16", 64, *PGD, "apgd-100 linf", *TRAINING),
     *on("resnet18_64", 16, "pgd-10 linf", "pgd-10 l2", *TRAINING),
 ]
-"""Minutes a side on two cores. Attacks that stop where a row has fallen run on the one network that was trained."""
+"""Minutes a side on two cores. Attacks that stop where a row has fallen run on networks that were trained."""

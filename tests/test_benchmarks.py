@@ -113,14 +113,14 @@ def test_the_limit_counts_no_products_with_zeros():
 def test_a_side_answers_from_its_own_process():
     side = Side("jaxnets")
     try:
-        answer = side.ask(work.parse("madry_cnn pgd-1 linf 2"))
+        answer = side.ask(work.parse("resnet18_16 pgd-1 linf 2"))
         assert 0 < answer.seconds < 600
         assert 0 <= answer.survivors <= 1
         assert not answer.missing
-        assert side.ask(work.parse("madry_cnn nothing linf 2")).missing == "not offered"
+        assert side.ask(work.parse("resnet18_16 nothing linf 2")).missing == "not offered"
     finally:
         side.close()
-    assert side.ask(work.parse("madry_cnn pgd-1 linf 2")).missing
+    assert side.ask(work.parse("resnet18_16 pgd-1 linf 2")).missing
 
 
 def test_memory_is_kept_unless_the_caller_has_settings_of_his_own(monkeypatch):
