@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torchattacks
 from torch.nn import functional
 from torch.optim import SGD
@@ -33,7 +34,11 @@ def make(work: Work, loaded: Loaded) -> Callable[[], Any]:
         raise NotOfferedError(work.method)
     if work.trains:
         return _training(work, made[work.method], loaded, x, y)
-    attack = made[work.method](frozen(loaded.twin))
+    net = frozen(loaded.twin)
+    if work.norm == "l2":
+        # PGDL2 reshapes gradients by views, which those of channels-last images refuse.
+        net, x = net.to(memory_format=torch.contiguous_format), x.contiguous()
+    attack = made[work.method](net)
     return lambda: from_torch(attack(x, y))
 
 
@@ -46,8 +51,6 @@ def _of_full_length(autoattack: Any) -> Any:
 
 
 def _training(work: Work, attack_of: Callable[[Any], Any], loaded: Loaded, x: Any, y: Any) -> Callable[[], None]:
-    import torch
-
     net = loaded.twin().to(memory_format=torch.channels_last).train()
     attack, optimizer = attack_of(net), SGD(net.parameters(), lr=0.01, momentum=0.9)
     lowered = _trades if work.method == "train-trades" else _adversarial

@@ -45,6 +45,7 @@ def conv_general_dilated(
     only outside loops: the gradients of a convolution in a ``fori_loop`` or ``scan`` are else 5 to 9 times slower. Here
     the tangents are written so that their transposes are canonical; values and all derivatives are those of
     `lax.conv_general_dilated`, which serves everything but two-dimensional convolutions in at most 8 groups on a CPU.
+    Where `cpu.tune` has oneDNN convolve, the forms are those that it is fast in.
 
     Args:
       lhs: ``[B, H, W, C]``.
