@@ -57,7 +57,8 @@ def _register() -> None:
     xla = mlir._platform_specific_lowerings["cpu"][conv_general_dilated_p].rule
 
     def convolution(ctx, lhs, rhs, **settings):
-        if not (by_onednn(ctx.avals_out[0].dtype) and _suits(ctx, **settings)):
+        arrays = *ctx.avals_in, *ctx.avals_out
+        if not (all(by_onednn(array.dtype) for array in arrays) and _suits(ctx.module_context, arrays, **settings)):
             return xla(ctx, lhs, rhs, **settings)
         described = json.dumps({"onednn_conv_config": _described(ctx.avals_in[1].shape, **settings)})
         return jax.ffi.ffi_lowering(_ONEDNN, api_version=2, backend_config=described)(ctx, lhs, rhs)
@@ -67,7 +68,8 @@ def _register() -> None:
 
 
 def _suits(
-    ctx: Any,
+    module: Any,
+    arrays: Any,
     *,
     padding: Any,
     lhs_dilation: Any,
@@ -76,7 +78,6 @@ def _suits(
     **_: Any,
 ) -> bool:
     """Whether oneDNN has a fast kernel for this: some images or volumes, channels last, whole on one device."""
-    module, arrays = ctx.module_context, (*ctx.avals_in, *ctx.avals_out)
     return (
         getattr(module.axis_context, "num_devices", None) == 1
         and not module.lowering_parameters.for_export

@@ -61,11 +61,13 @@ for f in (convolve, lambda x: jnp.sum(x, axis=(0, 1, 2))):
 
 # Convolutions by oneDNN.
 
-KNOWN = importlib.metadata.version("jaxlib") == "0.10.2" and (platform.system(), platform.machine()) == (
-    "Linux",
-    "x86_64",
-)
-where_known = pytest.mark.skipif(not KNOWN, reason="not known to work there")
+
+def test_onednn_is_taken_where_it_is_known_to_work():
+    machine = importlib.metadata.version("jaxlib"), platform.system(), platform.machine()
+    assert cpu._registered == (machine == ("0.10.2", "Linux", "x86_64"))
+
+
+where_known = pytest.mark.skipif(not cpu._registered, reason="not known to work here")
 CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
 
 
@@ -136,6 +138,9 @@ LEFT_TO_XLA = {
     "padding taken away": lambda: lowered(X, KERNEL, padding=((-1, 1), (0, 0))),
     "no rows": lambda: lowered(X[:0], KERNEL),
     "half precision": lambda: lowered(X.astype(jnp.bfloat16), KERNEL.astype(jnp.bfloat16)),
+    "half precision, summed in single": lambda: lowered(
+        X.astype(jnp.bfloat16), KERNEL.astype(jnp.bfloat16), preferred_element_type=jnp.float32
+    ),
     "signals": lambda: lowered(X[0], KERNEL[0], strides=(1,), dimension_numbers=("NWC", "WIO", "NWC")),
 }
 

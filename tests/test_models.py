@@ -50,6 +50,8 @@ def theirs(name):
 @pytest.fixture(params=["xla", "onednn"])
 def library(request, monkeypatch):
     """Whose convolutions the layers are written for, and single precision is compiled to."""
+    if request.param == "onednn" and not cpu._registered:
+        pytest.skip("not known to work here")
     monkeypatch.setattr(cpu, "by_onednn", lambda dtype: request.param == "onednn")
     jax.clear_caches()
     yield request.param
