@@ -5,18 +5,18 @@ training and PGD do, at a fraction of the cost.
 
 Command: ``python -m experiments.cifar10_fast`` for a narrow network and a tenth of the data on a CPU;
 ``--form full`` for the published recipe on a GPU (not run).
-Hardware: two cores of an AMD EPYC, jax 0.10.2, 15 minutes in all; the row of free training is of a later run, with
-other work beside it. Rebuilt CIFAR-10, seed 0, 500 test rows; seconds of training::
+Hardware: two cores of an AMD EPYC, jax 0.10.2, 11 minutes in all. Rebuilt CIFAR-10, seed 0, 500 test rows; seconds of
+training::
 
                         clean    PGD-50x2  seconds
-    standard            48.2%        0.6%       51
-    fast                30.4%       23.0%       68
-    n_fgsm              27.2%       21.8%       66
-    free                32.2%       22.8%      387
-    pgd-7               36.8%       26.6%      375
+    standard            50.2%        0.8%       41
+    fast                30.6%       22.6%       52
+    n_fgsm              30.4%       21.0%       46
+    free                33.6%       24.4%      159
+    pgd-7               35.8%       26.4%      271
 
 Methods take as many passes over the rows as in the papers, in proportion: in a fifth of the time FGSM with a random
-start is nearly as robust as PGD-7, and so is free training.
+start is nearly as robust as PGD-7, and in three fifths free training.
 
 Published (rows of 15, 12 and 40 epochs), clean and PGD-50 with 10 restarts: FGSM 83.8 and 46.1 in the paper, 79.3 to
 79.5 and 44.9 to 45.3 in reruns; free 77.0 to 78.4 and 46.0 to 46.2; PGD-7 86.8 and 46.3.
