@@ -1,6 +1,7 @@
 """What was measured as a page: tables, pictures, hardware and versions."""
 
 import importlib.metadata
+import itertools
 import math
 import os
 import platform
@@ -8,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.limit import Rates
@@ -80,10 +80,9 @@ def speed_picture(path: Path, rows: Sequence[Row]) -> None:
     sides = [side for side in rows[0].sides if any(not row.sides[side].missing for row in rows)]
     figure = Figure(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    colours = matplotlib.color_sequences["tab10"]
-    for side, colour, marker in zip(sides, colours, "osD^v<>ph", strict=False):
+    for side, marker in zip(sides, itertools.cycle("osD^v<>ph"), strict=False):
         there = [(row.ratio(side), place) for place, row in enumerate(rows) if not row.sides[side].missing]
-        axes.plot(*zip(*there, strict=True), marker, ms=5, color=colour, label=side)
+        axes.plot(*zip(*there, strict=True), marker, ms=5, label=side)
     bounds = [
         (row.limit.arithmetic / row.sides["jaxnets"].median, place) for place, row in enumerate(rows) if row.limit
     ]
