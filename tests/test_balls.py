@@ -67,6 +67,29 @@ def test_deviations_that_are_bent_are_bounded_as_a_box(how, x64):
     np.testing.assert_allclose(*sums, rtol=1e-12)
 
 
+REPEATED = {
+    "add": lambda x: x + jnp.zeros(3),
+    "div": lambda x: x / jnp.array([1.0, 2.0, 4.0]),
+    "mul": lambda x: jnp.array([1.0, 2.0, 4.0]) * x,
+    "pad": lambda x: jax.lax.pad(jnp.zeros((1, 1)), x[0, 0], [(0, 0, 0), (1, 1, 0)]),
+    "sub": lambda x: x - jnp.array([1.0, 2.0, 4.0]),
+}
+
+
+@pytest.mark.parametrize("how", REPEATED)
+@pytest.mark.parametrize("norm", [1, 2])
+def test_copies_of_an_entry_are_longer_together(how, norm, x64):
+    """A grey pixel behind three means or deviations: all of its copies move at once."""
+
+    def network(x):
+        copies = REPEATED[how](x)
+        return copies @ jnp.ones((copies.size, 1))
+
+    x = jnp.full((1, 1), 0.5)
+    found = interval_bounds(network, x - EPSILON, x + EPSILON, norm=norm)
+    np.testing.assert_allclose(found, [network(x - EPSILON), network(x + EPSILON)], rtol=1e-12)
+
+
 def crown_by_hand(layers, x, y, dual):
     """One hidden layer, bounded by the length of its weights; the ball in norm 1 lies in that of norm 2 there."""
     (W, b), (V, c) = layers

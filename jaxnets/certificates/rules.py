@@ -235,7 +235,8 @@ ENTRYWISE = {
     "add", "convert_element_type", "copy", "div", "mul", "name", "neg", "pad", "reshape", "rev", "slice", "squeeze",
     "sub", "transpose",
 }  # fmt: skip
-"""Affine, and they move and scale single entries or leave some out: deviations keep the norm that bounds them."""
+"""Affine, and they move and scale single entries or leave some out: deviations keep the norm that bounds them, unless
+the operand is broadcast."""
 
 OTHERS: dict[str, Rule] = {
     **dict.fromkeys(

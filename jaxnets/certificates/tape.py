@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from jaxnets.certificates.rules import AFFINE, BILINEAR, ENTRYWISE, OTHERS, Interval, Operand
@@ -103,9 +104,8 @@ def _apply(equation: Any, operands: list[Operand], steps: list[Step]) -> list[Op
     results = found if isinstance(found, list) else [found]
     known = [result for result in results if isinstance(result, Interval)]
     affine = _is_affine(name, operands, known)
-    norms = [operand.norm for operand in operands if isinstance(operand, Interval)]
-    if affine and name in ENTRYWISE and len(norms) == 1:
-        results = known = [replace(known[0], norm=norms[0])]
+    if affine and name in ENTRYWISE:
+        results = known = [replace(known[0], norm=_norm(name, operands, known[0]))]
     if known:
         steps.append(Step(bind, operands, known, affine, _maximum(name, operands)))
     return results
@@ -131,6 +131,13 @@ def _is_affine(name: str, operands: list[Operand], results: list[Interval]) -> b
     if name == "div" and isinstance(operands[1], Interval):
         return False
     return name in AFFINE or name == "select_n" or (name in BILINEAR and len(bounded) == 1)
+
+
+def _norm(name: str, operands: list[Operand], result: Interval) -> float:
+    """That of the one operand that is an interval, unless its entries are repeated: copies are longer together."""
+    one, *more = (operand for operand in operands if isinstance(operand, Interval))
+    repeated = operands[0] is not one if name == "pad" else result.lower.size > one.lower.size
+    return np.inf if more or repeated else one.norm
 
 
 def _maximum(name: str, operands: list[Operand]) -> tuple[Operand, Operand] | None:
