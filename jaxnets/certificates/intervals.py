@@ -19,8 +19,8 @@ def interval_bounds(logits_fn: LogitsFn, lower: Array, upper: Array, *, norm: fl
     bounds forget that entries move together, and the deeper the network the looser they are. They have derivatives with
     respect to the arrays in ``logits_fn``, so that a network can be trained to have narrow ones.
 
-    Computed in the network's own precision, not rounded outwards: they may be wrong by as much as the logits are
-    through rounding.
+    Computed in the network's own precision, not rounded outwards: they may be wrong by as much as rounding takes from
+    values as large as the bounds.
 
     Args:
       logits_fn: ``x[B, ...] -> logits[B, K]``, in inference mode, of the operations in `certificates.rules`.

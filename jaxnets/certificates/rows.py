@@ -1,5 +1,6 @@
 """Which rows are certified: no point that a threat allows changes their class."""
 
+from functools import partial
 from typing import Protocol
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxnets.attacks.parts.calling import as_pytree
 from jaxnets.certificates.crown import tightest_margins
+from jaxnets.certificates.tape import check_precision, record
 from jaxnets.threats import L1, L2, Linf, Masked, Threat, each_row
 from jaxnets.types import Array, LogitsFn
 
@@ -75,33 +77,44 @@ def certified(
 ) -> Array:
     """Whether each row is of its class, and stays so everywhere in the threat: bool ``[B]``. False says nothing.
 
-    ``min_{k != y} margins_k > slack max_k |z_k(x)|``. Products of matrices are computed in full precision, also on
-    devices whose default is less.
+    ``min_{k != y} margins_k > slack max_k |z_k|``, with the largest logit that `interval_bounds` allow in the threat:
+    where bounds are wide, so is the rounding of what they are made of. Products of matrices are computed in full
+    precision, also on devices whose default is less.
 
     Args:
       logits_fn: ``x[B, ...] -> logits[B, K]``, in inference mode, in single precision or better.
       x: rows ``[B, ...]`` inside the threat's box.
-      y: classes ``[B]``.
+      y: classes ``[B]``; no row is of one that the network does not have.
       threat: `Linf`, `Masked`, `L2` or `L1`.
       margins: `interval_margins`, `crown_margins`, or the tighter of the two in each entry.
       slack: what rounding may take, as a share of the row's largest logit.
 
     Raises:
       NotImplementedError: for an operation of the network without a rule.
-      ValueError: for another threat, and shapes that do not fit.
+      ValueError: for another threat, shapes that do not fit, and a network that computes in less than single precision.
 
     >>> import jaxnets as jn
     >>> x = jnp.array([[0.5, 0.2], [0.5, 0.45]])
     >>> print(certified(lambda x: x, x, jnp.array([0, 0]), threat=jn.Linf(0.1)))
     [ True False]
     """
-    logits_fn, x = as_pytree(logits_fn), jnp.asarray(x)
+    # In less than single precision a row plus epsilon may be the row.
+    logits_fn, x = as_pytree(logits_fn), jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
     with jax.default_matmul_precision("highest"):
-        least, largest = margins_within(margins, logits_fn, threat, x, y), _largest_logits(logits_fn, x)
-    others = jnp.arange(least.shape[1]) != y[:, None]
-    return jnp.all((least > slack * largest[:, None]) | ~others, axis=1)
+        least = margins_within(margins, logits_fn, threat, x, y)
+        largest = _largest_logits(logits_fn, *box(threat, x), norm=_NORMS[type(threat)])
+    mine = jnp.arange(least.shape[1]) == y[:, None]
+    above = (least > slack * largest[:, None]) & jnp.isfinite(least)
+    return jnp.all(above | mine, axis=1) & jnp.any(mine, axis=1)
 
 
-@jax.jit
-def _largest_logits(logits_fn, x) -> Array:
-    return jnp.max(jnp.abs(logits_fn(x)), axis=1)
+@partial(jax.jit, static_argnames="norm")
+def _largest_logits(logits_fn, lower, upper, *, norm) -> Array:
+    """The largest absolute value that a logit has in the bounds, ``[B]``."""
+
+    def of_row(lower, upper):
+        tape = record(logits_fn, lower, upper, norm)
+        check_precision(tape)
+        return jnp.maximum(jnp.max(-tape.logits.lower), jnp.max(tape.logits.upper))
+
+    return jax.vmap(of_row)(lower, upper)

@@ -35,11 +35,11 @@ class Interval:
 
     @property
     def center(self) -> Array:
-        return (self.lower + self.upper) / 2
+        return self.lower / 2 + self.upper / 2  # their sum may be infinite
 
     @property
     def radius(self) -> Array:
-        return (self.upper - self.lower) / 2
+        return self.upper / 2 - self.lower / 2
 
 
 Operand = Any

@@ -71,6 +71,16 @@ def record(logits_fn: LogitsFn, lower: Array, upper: Array, norm: float = jnp.in
     return Tape(row, steps, logits if isinstance(logits, Interval) else Interval(logits, logits))
 
 
+def check_precision(tape: Tape) -> None:
+    """Raises ValueError for a network that computes in less than single precision."""
+    dtypes = {result.lower.dtype for step in tape.steps for result in step.results}
+    narrow = sorted(str(dtype) for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4)
+    if narrow:
+        raise ValueError(
+            f"the network computes in {', '.join(narrow)}, whose rounding no bound accounts for: certify it in float32"
+        )
+
+
 def _run(jaxpr: Any, constants: Any, arguments: list[Operand], steps: list[Step]) -> list[Operand]:
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
 
