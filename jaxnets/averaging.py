@@ -45,8 +45,11 @@ def with_average(step: Step, average: Average) -> Step:
 
 
 def init_average(state: TrainState) -> TrainState:
-    """The state with an average that is its parameters and statistics."""
-    return state._replace(averaged=jax.tree.map(jnp.copy, (state.params, state.stats)))
+    """The state with an average that is its parameters and statistics, in at least single precision.
+
+    In less, an average soon stands still: what a step adds is rounded away.
+    """
+    return state._replace(averaged=jax.tree.map(_in_single, (state.params, state.stats)))
 
 
 def ema(decay: float = 0.999, *, warm_up: float = 10.0) -> Average:
@@ -105,8 +108,8 @@ def swa(start: int, *, every: int = 1) -> Average:
 def statistics_of(net: Classifier, params: Params, stats: Stats, batches: Iterable[Batch], *, key: Array) -> Stats:
     """The statistics that ``params`` have on ``batches``: means of those of each batch, all weighing the same.
 
-    What a batch's own statistics are shows in how they move the averages from 0 and from 1, whatever the momentum.
-    Where a network has none, or some that no batch moves, those of ``stats`` are returned.
+    What a batch's own statistics are shows in how they move the averages from two starts, whatever the momentum. Where
+    a network has none, or some that no batch moves, those of ``stats`` are returned.
 
     Args:
       net: the network.
@@ -123,9 +126,10 @@ def statistics_of(net: Classifier, params: Params, stats: Stats, batches: Iterab
 
     @jax.jit
     def of_batch(x: Array, key: Array) -> Stats:
-        zeros, ones = jax.tree.map(jnp.zeros_like, stats), jax.tree.map(jnp.ones_like, stats)
-        moved = [net.train(params, start, x, key)[1] for start in (zeros, ones)]
-        return jax.tree.map(_fixed_point, *moved, stats)
+        first = net.train(params, jax.tree.map(jnp.zeros_like, stats), x, key)[1]
+        # As large as what is added to it, which would swamp a smaller one.
+        start = jax.tree.map(lambda leaf: jnp.where(leaf == 0, 1, leaf), first)
+        return jax.tree.map(_fixed_point, first, start, net.train(params, start, x, key)[1], stats)
 
     total, count = None, 0
     for count, batch in enumerate(batches, 1):
@@ -142,13 +146,22 @@ def _moved(averaged: Any, current: Any, share: Array) -> Any:
     def move(before: Array, now: Array) -> Array:
         if not jnp.issubdtype(jnp.result_type(now), jnp.floating):
             return now
-        return (before + share * (now - before)).astype(jnp.result_type(now))
+        moved = before + share * (now - before)
+        # All the way is there, whatever was before.
+        return jnp.where(share == 1, now, moved).astype(jnp.result_type(before))
 
     return jax.tree.map(move, averaged, current)
 
 
-def _fixed_point(from_zero: Array, from_one: Array, otherwise: Array) -> Array:
-    """Of ``s -> m s + (1 - m) b``, given its values at 0 and 1, the value ``b`` that it does not move."""
-    free = 1 - (from_one - from_zero)
+def _in_single(leaf: Array) -> Array:
+    """A copy of it, in at least single precision where it is a float."""
+    dtype = jnp.result_type(leaf)
+    wide = jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+    return jnp.array(leaf, wide)
+
+
+def _fixed_point(from_zero: Array, start: Array, from_start: Array, otherwise: Array) -> Array:
+    """Of ``s -> m s + (1 - m) b``, given its values at 0 and at a start, the value ``b`` that it does not move."""
+    free = 1 - (from_start - from_zero) / start
     moves = free > 1e-6
     return jnp.where(moves, from_zero / jnp.where(moves, free, 1), otherwise)

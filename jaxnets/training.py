@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxnets.attacks.parts.calling import a_row
 from jaxnets.data.augmentation import Augmentation, in_turn
-from jaxnets.threats import Threat, each_row
+from jaxnets.threats import Threat, check_one_a_row, each_row
 from jaxnets.types import Array, Batch, Metrics, Objective, Params, Stats
 
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
@@ -88,11 +89,12 @@ def make_free_step(
       optimizer: as for `make_step`.
       threat: ball and box.
       replays: of each batch, at least 1; 8 in the paper for CIFAR-10.
-      step_size: in the threat's norm; epsilon unless given.
+      step_size: in the threat's norm, scalar or ``[B]``; epsilon unless given.
       augmentations: of a batch, drawn once for all of its replays: a perturbation is one of the rows as they are seen.
 
     Raises:
-      ValueError: for fewer than one replay, or a perturbation that does not have the batch's shape.
+      ValueError: for fewer than one replay, a perturbation that does not have the batch's shape, or another number of
+        step sizes than rows.
 
     Shafahi et al. 2019, https://arxiv.org/abs/1904.12843.
 
@@ -109,13 +111,15 @@ def make_free_step(
         raise ValueError(f"free adversarial training replays a batch at least once, got replays={replays}")
     step_size = threat.epsilon if step_size is None else step_size
 
-    def ascend(threat: Threat, gradient: Array, x_adv: Array, x: Array) -> Array:
+    def ascend(threat: Threat, step_size: Array, gradient: Array, x_adv: Array, x: Array) -> Array:
         return threat.project(x_adv + step_size * threat.direction(gradient, x_adv), x)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_perturbation(state, batch)
         key = jax.random.fold_in(state.key, state.step)
         batch = in_turn(augmentations, jax.random.fold_in(key, replays), batch)
+        check_one_a_row(batch.x, step_size=step_size)
+        lengths = a_row(step_size, batch.x)
 
         def replay(carry: tuple[TrainState, Array], number: Array) -> tuple[tuple[TrainState, Array], Metrics]:
             state, x_adv = carry
@@ -127,7 +131,7 @@ def make_free_step(
                 state.params, x_adv
             )
             state = _updated(optimizer, state, value, gradient, lambda params: evaluate(params, x_adv)[0])
-            return (state._replace(stats=stats), each_row(ascend, threat, by_input, x_adv, batch.x)), metrics
+            return (state._replace(stats=stats), each_row(ascend, threat, lengths, by_input, x_adv, batch.x)), metrics
 
         x_adv = each_row(lambda threat, z, x: threat.project(z, x), threat, batch.x + state.perturbation, batch.x)
         (state, x_adv), metrics = jax.lax.scan(replay, (state, x_adv), jnp.arange(replays))

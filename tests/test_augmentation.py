@@ -125,6 +125,15 @@ def test_cutmix_takes_a_rectangle_of_another_row_and_its_share_of_the_label():
     assert len(boxes) > 4
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bfloat16, jnp.float16])
+def test_labels_of_cutmix_count_the_pixels_of_images_in_few_bits(dtype):
+    black_and_white = jnp.stack([jnp.zeros((300, 300, 1), dtype), jnp.ones((300, 300, 1), dtype)])
+    for seed in range(6):
+        mixed = cutmix(jax.random.key(seed), Batch(black_and_white, jnp.arange(2)), classes=2)
+        white = mixed.x.astype(jnp.float32).mean((1, 2, 3))
+        np.testing.assert_allclose(mixed.y, jnp.stack([1 - white, white], axis=1), atol=1e-6)
+
+
 def test_mixtures_of_mixtures_keep_their_labels_probabilities():
     batch, keys = images(16), jax.random.split(jax.random.key(7))
     mixed = cutmix(keys[0], mixup(keys[1], batch, classes=CLASSES), classes=CLASSES)

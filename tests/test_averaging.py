@@ -1,5 +1,6 @@
 """Averages of weights against plain loops in numpy, and the statistics that go with them (trap 19)."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,6 @@ RATE = optax.sgd(0.1)
 
 @pytest.fixture(scope="module")
 def net():
-    import flax.linen as nn
-
     class Small(nn.Module):
         """With two batch norms of unlike momentum, the second behind the first."""
 
@@ -28,6 +27,14 @@ def net():
             return nn.Dense(3)(x)
 
     return jn.from_linen(Small())
+
+
+class OneNorm(nn.Module):
+    momentum: float
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.BatchNorm(not train, momentum=self.momentum)(x)
 
 
 def batches(count, rows=8):
@@ -89,9 +96,21 @@ def test_averages_of_whole_numbers_are_the_last():
     assert average(jnp.array(3), (jnp.array(1), jnp.ones(2)), (jnp.array(5), jnp.zeros(2)))[0] == 5
 
 
-def test_averages_keep_their_type():
-    averaged = swa(1)(jnp.array(2), jnp.ones(2, jnp.bfloat16), jnp.zeros(2, jnp.bfloat16))
-    assert averaged.dtype == jnp.bfloat16
+@pytest.mark.parametrize("average", [ema(0.999, warm_up=1), swa(1)])
+def test_averages_of_weights_in_half_precision_go_on(average):
+    """Kept as they are, 1 + 0.001 would be 1 again and again."""
+    state = init_average(init_state(jax.random.key(0), jnp.ones(2, jnp.bfloat16), {}, RATE))
+    move = jax.jit(lambda step, averaged: average(step, averaged, (jnp.full(2, 2, jnp.bfloat16), {})))
+    averaged = state.averaged
+    for step in range(2, 3000):
+        averaged = move(step, averaged)
+    assert averaged[0].dtype == jnp.float32
+    assert (averaged[0] > 1.9).all()
+
+
+@pytest.mark.parametrize("before", [1e8, np.inf, np.nan])
+def test_before_the_mean_begins_the_average_is_the_current_weight(before):
+    assert swa(10)(jnp.array(1), jnp.float32(before), jnp.float32(1)) == 1
 
 
 def test_statistics_of_weights_are_the_means_over_the_batches(net):
@@ -113,6 +132,18 @@ def test_statistics_of_weights_are_the_means_over_the_batches(net):
     ]
     deeper = np.mean([(h @ np.asarray(second["kernel"], float) + second["bias"]).mean(0) for h in normal], axis=0)
     np.testing.assert_allclose(found["BatchNorm_1"]["mean"], deeper, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("momentum", [0.9, 0.99])
+def test_statistics_of_any_size_keep_their_digits(scale, momentum):
+    net = jn.from_linen(OneNorm(momentum))
+    x = scale * jax.random.normal(jax.random.key(0), (64, 3)) + scale
+    params, stats = net.init(jax.random.key(1), x)
+    found = statistics_of(net, params, stats, [Batch(x, jnp.zeros(64, int))], key=jax.random.key(2))["batch_stats"]
+    exact = np.asarray(x, float)
+    np.testing.assert_allclose(found["BatchNorm_0"]["mean"], exact.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(found["BatchNorm_0"]["var"], exact.var(0), rtol=1e-4)
 
 
 def test_networks_without_statistics_have_none():

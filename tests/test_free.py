@@ -56,6 +56,20 @@ def start(optimizer):
     return state._replace(perturbation=jnp.zeros((4, 5)))
 
 
+def test_step_sizes_and_epsilons_are_one_a_row(x64):
+    """Also where there are as many rows as columns."""
+    optimizer, batch = optax.sgd(0.0), Batch(batches()[0].x[:, :4], batches()[0].y)
+    params = {"Dense_0": {"kernel": jnp.asarray(weights()["Dense_0"]["kernel"][:4]), "bias": jnp.zeros(3)}}
+    state = init_state(KEY, params, {}, optimizer)._replace(perturbation=jnp.zeros((4, 4)))
+    sizes = jnp.array([0.01, 0.02, 0.03, 0.04])
+    for threat, step_size in ((jn.Linf(sizes, -9, 9), None), (jn.Linf(0.1, -9, 9), sizes)):
+        step = make_free_step(jn.objectives.standard(NET), optimizer, threat=threat, replays=1, step_size=step_size)
+        moved = jax.jit(step)(state, batch)[0].perturbation
+        np.testing.assert_allclose(np.abs(moved), np.broadcast_to(sizes[:, None], (4, 4)), rtol=1e-12)
+    with pytest.raises(ValueError, match="one entry for each of the 4 rows"):
+        make_free_step(jn.objectives.standard(NET), optimizer, threat=jn.Linf(0.1), step_size=sizes[:3])(state, batch)
+
+
 def test_the_trace_of_replays(x64):
     """The perturbation goes on to the next batch; the schedule counts replays, the state batches."""
     optimizer = optax.sgd(rate)

@@ -85,6 +85,16 @@ def test_the_noise_is_added_in_data_space_and_not_cut():
         np.testing.assert_allclose(found.radii, 0.1, atol=0.01)
 
 
+def test_the_noise_of_rows_in_half_precision_has_tails():
+    """Normal draws in bfloat16 end at 2.5."""
+    beyond = lambda x: jnp.stack([x[:, 0] > 2.7, x[:, 0] <= 2.7], axis=1) * 1.0  # noqa: E731
+    x = jnp.zeros((1, 1), jnp.bfloat16)
+    found = certify(jax.random.key(0), beyond, x, sigma=1.0, n=20_000)
+    # Were no draw beyond, the radius would be 3.4.
+    assert found.classes[0] == 1
+    assert 2.5 < found.radii[0] <= 2.7
+
+
 def test_a_row_does_not_depend_on_its_batch():
     x, keys = np.linspace(-1, 1, 7, dtype=np.float32)[:, None], jax.random.split(KEY, 7)
     settings = {"sigma": 0.7, "n0": 30, "n": 200, "alpha": 0.01}

@@ -105,7 +105,7 @@ def mixup(key: Array, batch: Batch, *, classes: int, alpha: float = 1.0) -> Batc
     share = jax.random.beta(share_key, alpha, alpha, dtype=batch.x.dtype)
     others = jax.random.permutation(pair_key, len(batch.x))
     mix = lambda rows: share * rows + (1 - share) * rows[others]  # noqa: E731
-    return Batch(mix(batch.x), mix(_probabilities(batch.y, classes, batch.x.dtype)))
+    return Batch(mix(batch.x), mix(_probabilities(batch, classes)))
 
 
 def cutmix(key: Array, batch: Batch, *, classes: int, alpha: float = 1.0) -> Batch:
@@ -136,8 +136,8 @@ def cutmix(key: Array, batch: Batch, *, classes: int, alpha: float = 1.0) -> Bat
     size = (jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha)) * sides).astype(int)
     middle = jax.random.randint(middle_key, (2,), 0, sides)
     box = _box(batch.x.shape[1:], middle - size // 2, size)
-    share = jnp.mean(~box, dtype=batch.x.dtype)
-    y = _probabilities(batch.y, classes, batch.x.dtype)
+    y = _probabilities(batch, classes)
+    share = jnp.mean(~box, dtype=y.dtype)
     return Batch(jnp.where(box, batch.x[others], batch.x), share * y + (1 - share) * y[others])
 
 
@@ -152,8 +152,10 @@ def _box(image: tuple[int, ...], first: Array, size: int | Array) -> Array:
     return (within[0][:, None] & within[1])[..., None]
 
 
-def _probabilities(y: Array, classes: int, dtype: jnp.dtype) -> Array:
-    return jax.nn.one_hot(y, classes, dtype=dtype) if y.ndim == 1 else y.astype(dtype)
+def _probabilities(batch: Batch, classes: int) -> Array:
+    """The labels ``[B, K]``, in at least single precision: in less pixels cannot be counted."""
+    dtype = jnp.promote_types(batch.x.dtype, jnp.float32)
+    return jax.nn.one_hot(batch.y, classes, dtype=dtype) if batch.y.ndim == 1 else batch.y.astype(dtype)
 
 
 def _check_images(name: str, x: Array) -> None:
