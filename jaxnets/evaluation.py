@@ -19,6 +19,7 @@ from jaxnets.attacks.parts.calling import as_pytree
 from jaxnets.attacks.parts.on_host import Attacked, attack_rows, host_keys
 from jaxnets.certificates.on_host import certify_rows
 from jaxnets.certificates.rows import Certificate
+from jaxnets.losses import is_right
 from jaxnets.threats import Threat
 from jaxnets.types import Array, Attack, LogitsFn
 from jaxnets.verification import accuracy_interval, norms, verify
@@ -240,7 +241,7 @@ def robustness_curve(
 def _sweep(attack, key, logits_fn, x, y, threat, epsilons):
     def at(epsilon):
         x_adv = attack(key, logits_fn, x, y, threat=dataclasses.replace(threat, epsilon=epsilon))
-        return x_adv, jnp.argmax(logits_fn(x_adv), axis=-1) == y
+        return x_adv, is_right(logits_fn(x_adv), y)
 
     return jax.lax.map(at, epsilons)
 

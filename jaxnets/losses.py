@@ -29,7 +29,10 @@ def cross_entropy(logits: Array, target: Array) -> Array:
 
 
 def margin(logits: Array, target: Array) -> Array:
-    """How far the best wrong class leads: ``max_{k != y} z_k - z_y``, positive exactly where the row is misclassified.
+    """How far the best wrong class leads: ``max_{k != y} z_k - z_y``.
+
+    Negative where the row is classified as its target, positive where it is not; at zero, a tie, the class that comes
+    first is the prediction.
 
     Args:
       logits: ``[..., K]``, ``K >= 2``.
@@ -188,6 +191,18 @@ def smoothed(amount: float) -> Loss:
     '0.127, smoothed 0.227'
     """
     return Smoothed(amount)
+
+
+def is_right(logits: Array, target: Array) -> Array:
+    """Whether the prediction is ``target``: classes ``[...]``, or what has its largest entry there. Bool ``[...]``.
+
+    Never where a logit is NaN: its place is no prediction.
+
+    >>> print(is_right(jnp.array([[1.0, 2.0], [jnp.nan, 0.0]]), jnp.array([1, 0])))
+    [ True False]
+    """
+    classes = target if target.ndim < logits.ndim else jnp.argmax(target, axis=-1)
+    return (jnp.argmax(logits, axis=-1) == classes) & ~jnp.isnan(logits).any(axis=-1)
 
 
 def succeeded(loss: Loss, logits: Array, target: Array) -> Array:

@@ -149,6 +149,18 @@ def test_an_attack_may_come_jitted(rows):
         assert not report.queries
 
 
+def test_logits_that_are_no_numbers_are_never_right(rows):
+    """Their largest is in the first place."""
+    x = rows[0]
+    report = evaluate(KEY, lambda x: model(x) * jnp.nan, x, np.zeros(43, np.int32), {"fgsm": FGSM}, threat=THREAT)
+    assert set(report.accuracies().values()) == {0.0}
+    network = jn.from_linen(jn.models.MLP((), classes=2))
+    params, stats = network.init(KEY, x)
+    batch = jn.types.Batch(x, jnp.zeros(43, int))
+    lost = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    assert jn.objectives.standard(network)(lost, stats, batch, KEY)[1][1]["accuracy"] == 0
+
+
 def test_a_model_that_is_wrong_everywhere_is_reported(rows):
     x = rows[0]
     wrong = np.asarray(jnp.argmin(model(x), axis=1))

@@ -203,6 +203,7 @@ SOUND = {
     "gather": lambda x: x[:, jnp.array([3, 1, 3])],
     "bools": lambda x: x.astype(bool) * (x + 1),
     "rows split": lambda x: sum(jnp.split(x, 3, axis=1)),
+    "the greater one of copies": lambda x: jnp.maximum(x[:, :1], x @ WEIGHTS) + jnp.maximum(x @ WEIGHTS, x[:, 1:2]),
     "checkpointed": jax.checkpoint(lambda x: jnp.tanh(x) @ WEIGHTS),
     "once more": jax.jit(lambda x: x + x[:, ::-1]),
 }
@@ -280,6 +281,13 @@ def test_a_divisor_that_may_be_zero_gives_infinite_bounds():
     lower, upper = interval_bounds(lambda x: 1 / x, jnp.array([[-1.0, 1.0]]), jnp.array([[1.0, 2.0]]))
     np.testing.assert_array_equal(lower, [[-np.inf, 0.5]])
     np.testing.assert_array_equal(upper, [[np.inf, 1.0]])
+
+
+@pytest.mark.parametrize("compare", [lambda x: x <= 5, lambda x: ~(x > 5)])
+def test_comparisons_with_what_may_be_no_number_are_not_certain(compare):
+    """The logarithm of the lower end is NaN, with which every comparison is false."""
+    lower, upper = interval_bounds(lambda x: jnp.where(compare(jnp.log(x)), 1.0, -1.0), *jnp.array([[[-1.0]], [[1.0]]]))
+    assert (lower, upper) == (-1, 1)
 
 
 # Networks.

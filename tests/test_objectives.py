@@ -298,3 +298,22 @@ def test_heads_in_the_middle_are_trained_with_the_network():
     )
     with pytest.raises(ValueError, match=r"no activations \['aux1', 'aux2'\]; it has conv1, bn1"):
         jn.objectives.auxiliary(net)(params, stats, jn.types.Batch(x, y), jax.random.key(2))
+
+
+@pytest.mark.parametrize("name", ["auxiliary", "ibp"])
+def test_losses_of_networks_in_half_precision_are_those_of_standard(name):
+    net = jn.from_linen(jn.models.MLP((), classes=3))
+    half = net._replace(
+        train=lambda *arguments: (net.train(*arguments)[0].astype(jnp.bfloat16), {}),
+        activations=lambda *arguments: (net.train(*arguments)[0].astype(jnp.bfloat16), {}, {}),
+    )
+    batch = jn.types.Batch(jax.random.uniform(jax.random.key(0), (8, 5)), jnp.arange(8) % 3)
+    params, stats = net.init(jax.random.key(1), batch.x)
+    objective = {
+        "auxiliary": jn.objectives.auxiliary(half, heads=()),
+        "ibp": jn.objectives.ibp(half, jn.Linf(0.1), kappa=1.0),
+    }[name]
+    expected, _ = jn.objectives.standard(half)(params, stats, batch, jax.random.key(2))
+    value, _ = objective(params, stats, batch, jax.random.key(2))
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, expected, rtol=1e-6)

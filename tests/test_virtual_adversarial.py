@@ -93,6 +93,15 @@ def test_rows_without_any_label(x64):
     assert metrics["accuracy"] == 0
 
 
+def test_rows_without_a_label_among_distributions(x64):
+    """Their likeliest class is the first; so is what the network says of all rows here."""
+    params, stats, batch = problem()
+    params = jax.tree.map(jnp.zeros_like, params)
+    y = jnp.full((6, 3), -1.0).at[0].set(jnp.array([1.0, 0.0, 0.0])).at[1].set(jnp.array([0.0, 1.0, 0.0]))
+    _, (_, metrics) = virtual_adversarial(NET, FREE)(params, stats, Batch(batch.x, y), KEY)
+    assert metrics["accuracy"] == 0.5
+
+
 def test_at_least_one_iteration():
     with pytest.raises(ValueError, match="virtual_adversarial takes at least one step, got steps=0"):
         virtual_adversarial(NET, FREE, iterations=0)

@@ -67,4 +67,11 @@ def _planes(step: Step, coefficients: Array) -> tuple[list[tuple[Interval, Array
     bias += weighted(negative, jnp.where(open_, above * (lead - least) + rest, 0))
     of_a = positive * below + negative * above
     shares = [(a, of_a), (b, coefficients - of_a)]
-    return [(operand, share) for operand, share in shares if isinstance(operand, Interval)], bias
+    return [(operand, _unbroadcast(share, operand)) for operand, share in shares if isinstance(operand, Interval)], bias
+
+
+def _unbroadcast(coefficients: Array, operand: Interval) -> Array:
+    """Summed over the axes along which the operand is repeated."""
+    shape = operand.lower.shape
+    axes = [axis for axis, size in enumerate(shape, 1) if size != coefficients.shape[axis]]
+    return jnp.sum(coefficients, axis=axes, keepdims=True) if axes else coefficients

@@ -5,9 +5,9 @@ an `Interval` or, where it does not depend on the network's input, an array. Res
 has for values in the operands' intervals.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -74,12 +74,13 @@ def difference(bind: Callable, a: Operand, b: Operand) -> Interval:
 
 
 def greater(bind: Callable, a: Operand, b: Operand) -> Interval:
-    result = difference(bind, a, b)
-    return Interval(result.lower, result.upper, (a, b))
+    """With what is no number every comparison is false: where an end is none, nothing is certain."""
+    unknown = functools.reduce(jnp.logical_or, (end != end for one in (a, b) for end in (lower(one), upper(one))))
+    return Interval(bind(lower(a), upper(b)) & ~unknown, bind(upper(a), lower(b)) | unknown, (a, b))
 
 
 def less(bind: Callable, a: Operand, b: Operand) -> Interval:
-    return Interval(bind(upper(a), lower(b)), bind(lower(a), upper(b)), (b, a))
+    return greater(lambda b, a: bind(a, b), b, a)
 
 
 def unequal(bind: Callable, a: Operand, b: Operand) -> Any:
@@ -152,7 +153,7 @@ def integer_power(bind: Callable, operand: Interval) -> Interval:
     """Negative exponents through `quotient`, even ones through `square`; odd ones are rising."""
     exponent = bind.keywords["y"]  # pyright: ignore
     if exponent < 0:
-        positive = integer_power(partial(bind, y=-exponent), operand)
+        positive = integer_power(functools.partial(bind, y=-exponent), operand)
         return quotient(jnp.divide, jnp.ones_like(operand.lower), positive)
     return rising(bind, operand) if exponent % 2 else square(bind, operand)
 

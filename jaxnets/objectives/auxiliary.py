@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from jaxnets.attacks.parts.calling import checked_logits
 from jaxnets.classifier import Classifier
 from jaxnets.losses import cross_entropy
 from jaxnets.objectives.standard import metrics_of
@@ -43,8 +44,8 @@ def auxiliary(
         absent = [head for head in heads if head not in activations]
         if absent:
             raise ValueError(f"the network has no activations {absent}; it has {', '.join(activations)}")
-        of_heads = sum(jnp.mean(loss(activations[head], batch.y)) for head in heads)
-        value = jnp.mean(loss(logits, batch.y)) + weight * of_heads
+        logits, *of_heads = (checked_logits(one, batch.x) for one in (logits, *(activations[head] for head in heads)))
+        value = jnp.mean(loss(logits, batch.y)) + weight * sum(jnp.mean(loss(one, batch.y)) for one in of_heads)
         return value, (stats, metrics_of(value, logits, batch.y))
 
     return objective

@@ -7,7 +7,7 @@ from jaxnets.certificates import crown_margins, interval_margins
 from jaxnets.certificates.rows import Margins, margins_within
 from jaxnets.classifier import Classifier
 from jaxnets.losses import cross_entropy
-from jaxnets.objectives.standard import metrics_of
+from jaxnets.objectives.standard import metrics_of, passed
 from jaxnets.threats import Threat
 from jaxnets.types import Array, Batch, Loss, Metrics, Objective, Params, Stats
 
@@ -53,7 +53,7 @@ def ibp(
 
     def objective(params: Params, stats: Stats, batch: Batch, key: Array) -> tuple[Array, tuple[Stats, Metrics]]:
         least = margins_within(margins, net.logits_fn(params, stats), threat, batch.x, batch.y)
-        logits, stats = net.train(params, stats, batch.x, key)
+        logits, stats = passed(net, params, stats, batch.x, key)
         clean, worst = jnp.mean(loss(logits, batch.y)), jnp.mean(loss(-least, batch.y))
         value = kappa * clean + (1 - kappa) * worst
         held = jnp.all((least > 0) | (jnp.arange(least.shape[1]) == batch.y[:, None]), axis=1)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from jaxnets.attacks.parts.calling import checked_logits
 from jaxnets.classifier import Classifier
-from jaxnets.losses import cross_entropy
+from jaxnets.losses import cross_entropy, is_right
 from jaxnets.types import Array, Batch, Loss, Metrics, Objective, Params, Stats
 
 
@@ -44,5 +44,4 @@ def metrics_of(value: Array, logits: Array, y: Array) -> Metrics:
 
 def accuracy(logits: Array, y: Array) -> Array:
     """The share of rows whose largest logit is that of their class ``y[B]``, or of the likeliest of ``y[B, K]``."""
-    classes = y if y.ndim < logits.ndim else jnp.argmax(y, axis=-1)
-    return jnp.mean(jnp.argmax(logits, axis=-1) == classes)
+    return jnp.mean(is_right(logits, y))

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jaxnets.attacks.parts.calling import check_steps, checked_logits, row_keys
 from jaxnets.classifier import Classifier
 from jaxnets.draws import drawn
-from jaxnets.losses import cross_entropy, kl
+from jaxnets.losses import cross_entropy, is_right, kl
 from jaxnets.objectives import statistics
 from jaxnets.objectives.directions import unit
 from jaxnets.objectives.minmax import MinMax, under
-from jaxnets.objectives.standard import accuracy
 from jaxnets.objectives.statistics import MovedBy
 from jaxnets.threats import Threat, each_row
 from jaxnets.types import Array, Batch, LogitsFn, Loss, Metrics, Params, Stats
@@ -71,8 +70,7 @@ def virtual_adversarial(
         labelled = jnp.all(batch.y.reshape(len(batch.y), -1) >= 0, axis=1)
         count = jnp.maximum(jnp.sum(labelled), 1)
         value = jnp.sum(jnp.where(labelled, loss(logits, batch.y), 0)) / count + weight * divergence
-        # No prediction is right where there is no label.
-        right = accuracy(logits, batch.y) * len(batch.y) / count
+        right = jnp.sum(is_right(logits, batch.y) & labelled) / count
         return value, (stats, {"loss": value, "accuracy": right, "divergence": divergence})
 
     return MinMax(under(net, sensitive), outer)

@@ -13,6 +13,7 @@ from jaxnets import parallel
 from jaxnets.attacks.parts.calling import as_pytree, row_keys
 from jaxnets.attacks.parts.queries import with_queries
 from jaxnets.attacks.parts.stochastic import redrawn
+from jaxnets.losses import is_right
 from jaxnets.types import Array, Attack, LogitsFn
 
 
@@ -110,4 +111,4 @@ def _wrap(data: Array, number: Array, *, impl: Any) -> Array:
 
 @jax.jit
 def _correct(keys: Array, logits_fn: Any, x: Array, y: Array) -> Array:
-    return jnp.argmax(redrawn(logits_fn, keys, 0)(x), axis=-1) == y
+    return is_right(redrawn(logits_fn, keys, 0)(x), y)
