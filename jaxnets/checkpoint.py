@@ -1,5 +1,6 @@
 """States of a run on disk, whole or not at all: saved by Orbax, each with a digest by which damage is seen."""
 
+import contextlib
 import hashlib
 import logging
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,25 +24,40 @@ class CheckpointError(RuntimeError):
     """No checkpoint of a run can be read."""
 
 
+class BusyError(RuntimeError):
+    """Another process trains in the folder."""
+
+
 class Checkpoints:
     """The newest ``keep`` states in ``folder``. A save is atomic: a process killed in one leaves those before.
 
     Args:
       folder: made where it is missing.
       keep: how many to hold; with two or more a damaged newest one costs only the steps since the one before.
+
+    Raises:
+      ValueError: for a path from which Orbax could not read what it wrote.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2):
         self.folder = Path(folder).absolute()
+        # Orbax takes its files together by a pattern that begins with the path.
+        if set(self.folder.as_posix()) & set("[]\\"):
+            raise ValueError(f"checkpoints cannot be kept below {self.folder}: choose a folder without [, ] and \\")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, tree: Any) -> None:
-        """Writes a pytree of arrays and PRNG keys, and returns when it is on disk."""
+        """Writes a pytree of arrays and PRNG keys, and returns when it is on disk; states of later steps go."""
+        self._delete_after(step - 1)
         tree = _to_host(tree)
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(tree), digest=ocp.args.JsonSave(_digest(tree)))
         )
+
+    def newest(self) -> int | None:
+        """The step of the newest state, whole or damaged; None where there is none."""
+        return self._manager.latest_step()
 
     def restore(self, like: Any) -> Any | None:
         """The newest state that is whole, with the structure, dtypes and keys of ``like``; None where there is none.
@@ -67,9 +84,11 @@ class Checkpoints:
         return None
 
     def _delete_after(self, step: int) -> None:
-        for later in [other for other in self._manager.all_steps() if other > step]:
-            shutil.rmtree(self.folder / str(later), ignore_errors=True)
-        self._manager.reload()
+        later = [other for other in self._manager.all_steps() if other > step]
+        for other in later:
+            shutil.rmtree(self.folder / str(other), ignore_errors=True)
+        if later:
+            self._manager.reload()
 
     def _read(self, step: int, like: Any) -> Any:
         parts = ocp.args.Composite(state=ocp.args.StandardRestore(like), digest=ocp.args.JsonRestore())
@@ -77,6 +96,21 @@ class Checkpoints:
         if _digest(restored["state"]) != restored["digest"]:
             raise ValueError("its contents do not match the digest saved with them")
         return restored["state"]
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds a run's folder for this process: two that write there spoil each other's checkpoints and metrics.
+
+    Raises:
+      BusyError: where another process holds it. What a killed process held is free.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(folder / ".lock", blocking=False):
+            yield
+    except filelock.Timeout as error:
+        raise BusyError(f"another process trains in {folder}: wait for it, or choose another folder") from error
 
 
 def _is_key(leaf: Any) -> bool:

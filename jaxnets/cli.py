@@ -198,6 +198,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command. Impossible wishes get one line on standard error and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = _parse(arguments)
+    try:
+        _run(command)
+    except KeyboardInterrupt:
+        goes_on = "; the same command continues from the last checkpoint" if isinstance(command, Train) else ""
+        print(f"\njaxnets: stopped{goes_on}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(command: Train | Evaluate | Verify | Summary | Export) -> None:
     _show_messages()
     _keep_programs()
     cpu.tune()
@@ -209,9 +218,6 @@ def main(arguments: list[str] | None = None) -> None:
         getattr(importlib.import_module(f"jaxnets.commands.{name}"), name)(command)
     except EXPECTED as error:
         _refuse(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("\njaxnets: stopped; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 def _parse(arguments: list[str]) -> Train | Evaluate | Verify | Summary | Export:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxnets import parallel
-from jaxnets.checkpoint import Checkpoints
+from jaxnets.checkpoint import Checkpoints, alone_in
 from jaxnets.data import Split, epoch_order, steps_per_epoch, to_float
 from jaxnets.training import Step, TrainState
 from jaxnets.types import Array, Batch
@@ -74,6 +74,7 @@ def fit(
       ValueError: where the batch does not divide over the devices or exceeds the rows, for a score without an
         evaluation or one that is no number, and for a patience below 1 or without a score.
       CheckpointError: where checkpoints exist and none can be read.
+      BusyError: where another process trains in the folder.
       FloatingPointError: where the loss is no longer finite, in a sweep that of no member.
     """
     _check_stopping(evaluate, score, patience)
@@ -82,35 +83,36 @@ def fit(
     parallel.check_divisible(batch_size, mesh)
     per_epoch = steps_per_epoch(len(split.labels), batch_size)
     total, interval = epochs * per_epoch, evaluate_every * per_epoch
-    checkpoints = Checkpoints(folder / "checkpoints")
-    restored = checkpoints.restore(state)
-    state = parallel.replicate(jax.tree.map(jnp.copy, state if restored is None else restored), mesh)
-    done = int(jnp.max(state.step))
+    with alone_in(folder):
+        checkpoints = Checkpoints(folder / "checkpoints")
+        restored = checkpoints.restore(state)
+        state = parallel.replicate(jax.tree.map(jnp.copy, state if restored is None else restored), mesh)
+        done = int(jnp.max(state.step))
 
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=parallel.replicated(mesh))
-    batch_at = _batches(split, state.key, batch_size, mesh)
-    best = Best(folder / "best", state, score) if score else None
-    log = MetricsLog(folder / "metrics.jsonl", keep_until=done)
-    progress = Progress(done, total, per_epoch, batch_size * state.key.size)
+        compiled = jax.jit(step, donate_argnums=0, out_shardings=parallel.replicated(mesh))
+        batch_at = _batches(split, state.key, batch_size, mesh)
+        best = Best(folder / "best", state, score) if score else None
+        log = MetricsLog(folder / "metrics.jsonl", keep_until=done)
+        progress = Progress(done, total, per_epoch, batch_size * state.key.size)
 
-    def is_over() -> bool:
-        return done >= total or bool(best and patience and best.evaluations_since(done, interval) >= patience)
+        def is_over() -> bool:
+            return done >= total or bool(best and patience and best.evaluations_since(done, interval) >= patience)
 
-    with log, progress:
-        while not is_over():
-            state, metrics = compiled(state, batch_at(done))
-            done += 1
-            progress.show(log.late(done, metrics))
-            if evaluate and (done == total or done % interval == 0):
-                values = log.now(done, evaluate(state))
-                progress.show(values, evaluated=True)
-                # Before the checkpoint: a run that is killed between the two comes to this step and its best again.
-                if best:
-                    best.offer(done, state, values)
-            if is_over() or done % (checkpoint_every or per_epoch) == 0:
-                log.flush()
-                checkpoints.save(done, state)
-    return state
+        with log, progress:
+            while not is_over():
+                state, metrics = compiled(state, batch_at(done))
+                done += 1
+                progress.show(log.late(done, metrics))
+                if evaluate and (done == total or done % interval == 0):
+                    values = log.now(done, evaluate(state))
+                    progress.show(values, evaluated=True)
+                    # Before the checkpoint: a run that is killed between the two comes to this step and its best again.
+                    if best:
+                        best.offer(done, state, values)
+                if is_over() or done % (checkpoint_every or per_epoch) == 0:
+                    log.flush()
+                    checkpoints.save(done, state)
+        return state
 
 
 def restore_best(folder: Path, like: TrainState) -> tuple[TrainState, np.ndarray] | None:

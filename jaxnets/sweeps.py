@@ -67,7 +67,7 @@ def member(states: TrainState, number: int) -> TrainState:
 def write_members(run: Path, states: TrainState, folders: Sequence[Path]) -> None:
     """Writes each member's metrics, last and best states as `fit.fit` leaves those of one network.
 
-    What is in a folder already stays, so that a process that was killed here may begin again.
+    A state of the same step is there already where a process was killed here.
 
     Args:
       run: the folder that `fit.fit` was given for the sweep.
@@ -90,7 +90,7 @@ def _of_member(row: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _save_once(checkpoints: Checkpoints, step: int, tree: Any) -> None:
-    if checkpoints.restore(tree) is None:
+    if checkpoints.newest() != step:
         checkpoints.save(step, tree)
 
 

@@ -63,6 +63,11 @@ def check_one_a_row(x: Array, **values: Any) -> None:
             )
 
 
+def a_row(value: Any, x: Array) -> Array:
+    """One value a row, ``[B]``, of the type of ``x[B, ...]``."""
+    return jnp.broadcast_to(jnp.asarray(value, x.dtype), len(x))
+
+
 def each_row(verb: Callable[..., Array], threat: Threat, *arguments: Array) -> Array:
     """Applies ``verb(threat, ...)`` to every row of ``arguments[B, ...]``; ``epsilon`` is a scalar or ``[B]``.
 
@@ -74,8 +79,7 @@ def each_row(verb: Callable[..., Array], threat: Threat, *arguments: Array) -> A
     Array([0.1, 0.2], dtype=float32)
     """
     check_one_a_row(arguments[0], epsilon=threat.epsilon)
-    epsilon = jnp.broadcast_to(jnp.asarray(threat.epsilon, arguments[-1].dtype), len(arguments[0]))
-    return jax.vmap(verb)(replace(threat, epsilon=epsilon), *arguments)  # pyright: ignore
+    return jax.vmap(verb)(replace(threat, epsilon=a_row(threat.epsilon, arguments[-1])), *arguments)  # pyright: ignore
 
 
 def sizes(threat: Threat, x_adv: Array, x: Array) -> Array:

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnets.attacks.parts.calling import a_row
 from jaxnets.data.augmentation import Augmentation, in_turn
-from jaxnets.threats import Threat, check_one_a_row, each_row
+from jaxnets.threats import Threat, a_row, check_one_a_row, each_row
 from jaxnets.types import Array, Batch, Metrics, Objective, Params, Stats
 
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]

@@ -50,6 +50,20 @@ def test_restores_the_newest_and_keeps_two(tmp_path, state):
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["20", "30"]
 
 
+def test_a_state_takes_the_place_of_later_ones(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (30, 20):
+        checkpoints.save(step, at(state, step))
+    assert checkpoints.newest() == Checkpoints(tmp_path).newest() == 20
+    assert_same(checkpoints.restore(state), at(state, 20))
+
+
+@pytest.mark.parametrize("name", ["rate[0.1]", "a\\b"])
+def test_folders_that_could_not_be_read_again_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"checkpoints cannot be kept below .*: choose a folder without"):
+        Checkpoints(tmp_path / name / "checkpoints")
+
+
 @pytest.mark.parametrize(
     "damage", [flip_a_bit, lambda file: file.write_bytes(file.read_bytes()[:20]), lambda f: f.unlink()]
 )

@@ -19,6 +19,7 @@ from jaxnets.commands import evaluate, networks, objectives, run, settings
 from jaxnets.fit import read_metrics, restore_best
 
 FAST = ["--model", "mlp", "--epochs", "2", "--steps", "2", "--examples", "40"]
+STANDARD = ["--model", "mlp", "--objective", "standard", "--epochs", "2", "--examples", "40"]
 
 
 def refusal(capsys, *arguments):
@@ -68,6 +69,10 @@ def test_help_shows_every_choice(capsys):
     (["--epsilon", "nan"], "--epsilon must be a number"),
     (["--epochs", "0"], "--epochs must be a number from 1 on, got 0"),
     (["--steps", "0"], "--steps"),
+    (["--objective", "standard", "--steps", "3"], "--steps changes nothing in standard, only in adversarial, free,"),
+    (["--objective", "n_fgsm", "--start", "uniform"], "--start changes nothing in n_fgsm"),
+    (["--objective", "kurakin", "--attack", "fgsm"], "--attack changes nothing in kurakin"),
+    (["--attack", "fgsm", "--steps", "3"], "--attack fgsm is one step: leave out --steps"),
     (["--learning-rate", "0"], "--learning-rate must be above 0"),
     (["--label-smoothing", "1"], "--label-smoothing"),
     (["--seed", "-1"], "--seed"),
@@ -117,8 +122,43 @@ def test_other_refusals(capsys, tmp_path):
     assert "is no run" in refusal(capsys, "evaluate", str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     assert "damaged" in refusal(capsys, "evaluate", str(tmp_path))
-    (tmp_path / "config.json").write_text('{"config": {"epochs": 3, "planet": "earth"}}')
-    assert "another version" in refusal(capsys, "evaluate", str(tmp_path))
+    for config in ('{"epochs": 3, "planet": "earth"}', '{"optimizer": "foo"}', '{"data_dir": 5}'):
+        (tmp_path / "config.json").write_text(f'{{"config": {config}}}')
+        assert "another version" in refusal(capsys, "evaluate", str(tmp_path))
+    (tmp_path / "config.json").write_bytes(b"\xff")
+    assert "damaged" in refusal(capsys, "evaluate", str(tmp_path))
+    assert "--seed must be from 0" in refusal(capsys, "evaluate", str(tmp_path), "--seed", "-1")
+    suite = ["--attack", "autoattack", "--steps", "7"]
+    assert "--steps and --restarts are of pgd" in refusal(capsys, "evaluate", str(tmp_path), *suite)
+
+
+def test_weights_that_are_no_numbers_in_the_end_are_told(capsys, tmp_path):
+    """One step, so that no later loss can tell."""
+    options = ["--optimizer", "sgd", "--learning-rate", "3e38", "--weight-decay", "1e30", "--schedule", "constant"]
+    options += ["--model", "mlp", "--epochs", "1", "--batch-size", "1432", "--examples", "8"]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", *options, "--out", str(tmp_path)])
+    assert exit_.value.code == 2
+    assert "no longer finite after the last step: lower the learning rate" in capsys.readouterr().err
+
+
+def test_a_run_that_never_reached_a_checkpoint_may_be_given_anew(capsys, tmp_path):
+    options = ["train", *FAST, "--epochs", "1", "--out", str(tmp_path)]
+    assert "does not divide" in refusal(capsys, *options, "--batch-size", "12")
+    cli.main(options)
+    assert "holds another run (batch_size was 64 and is 128)" in refusal(capsys, *options, "--batch-size", "128")
+
+
+def test_stopping_says_whether_the_command_goes_on(capsys, monkeypatch):
+    def stop(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", stop)
+    for command, said in (("train", "the same command continues"), ("evaluate", "stopped\n")):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([command])
+        assert exit_.value.code == 130
+        assert said in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +194,10 @@ def test_a_second_time_gives_the_same(trained):
 
 def test_evaluate_makes_one_table_and_one_picture(trained, tmp_path, capsys):
     other = tmp_path / "other"
-    cli.main(["train", *FAST, "--objective", "standard", "--threat", "l2", "--epsilon", "0.5", "--out", str(other)])
+    cli.main(["train", *STANDARD, "--threat", "l2", "--epsilon", "0.5", "--out", str(other)])
     capsys.readouterr()
+    # One that is no run is told before anything is attacked.
+    assert "is no run" in refusal(capsys, "evaluate", str(trained), str(tmp_path))
     out = tmp_path / "both"
     options = ["--steps", "3", "--restarts", "2", "--examples", "30", "--out", str(out)]
     cli.main(["evaluate", str(trained), str(other), *options])
@@ -276,9 +318,11 @@ def test_what_other_runs_give_is_trained_on():
 
 # Best and last, several networks.
 
+# In L2, for signs of gradients near 0 turn with rounding, which differs between one network and two at once.
 TOGETHER = [
     "--model", "mlp", "--optimizer", "sgd", "--learning-rate", "0.1", "--epochs", "2", "--steps", "2",
     "--batch-size", "256", "--examples", "16", "--held-out", "100", "--evaluate-every", "1", "--objective", "trades",
+    "--threat", "l2", "--epsilon", "1",
 ]  # fmt: skip
 
 
@@ -321,7 +365,6 @@ def test_several_networks_end_as_runs_of_one(several, alone):
     rows, expected = (list(read_metrics(folder / "metrics.jsonl")) for folder in (twin, alone))
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys()
-        # Signs of gradients near 0 turn with rounding.
         np.testing.assert_allclose(list(row.values()), list(other.values()), rtol=1e-2, atol=1e-2)
     for last in (False, True):
         found, other = (run.load(folder, examples=16, last=last) for folder in (twin, alone))
@@ -387,12 +430,12 @@ def test_the_best_weights_are_taken_unless_the_last_are_asked_for(alone, tmp_pat
     cli.main(["evaluate", str(folder), *options, "--last"])
     found = json.loads((tmp_path / "evaluation.json").read_text())[str(folder)]
     assert found["clean"]["accuracy"] == np.mean(np.argmax(before(x), -1) == loaded.y) > 0.4
-    cli.main(["verify", str(folder / "adversarial-pgd-linf0.2.npz")])
+    cli.main(["verify", str(folder / "adversarial-pgd-l21-last.npz")])
     assert "every accuracy is the one said in the file" in capsys.readouterr().out
 
 
 def test_patience_ends_training(tmp_path, capsys):
-    options = ["--epochs", "9", "--objective", "standard", "--learning-rate", "1e-9", "--patience", "2"]
+    options = ["--epochs", "9", "--learning-rate", "1e-9", "--patience", "2"]
     cli.main(["train", *TOGETHER, *options, "--out", str(tmp_path)])
     said = capsys.readouterr().out
     assert "best (step 5)" in said
@@ -410,6 +453,12 @@ def test_runs_of_a_version_that_asked_less_go_on(alone, tmp_path):
     with pytest.raises(ValueError, match=r"ema was None and is 0\.5"):
         run.claim(folder, settings.settle(cli.Train(**asked, ema=0.5)))
     run.load(folder, examples=16)
+
+
+def test_where_data_is_holds_from_other_folders_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run.claim(Path("first"), settings.settle(cli.Train(data_dir=Path("here"))))
+    assert json.loads(Path("first/config.json").read_text())["config"]["data_dir"] == str(tmp_path / "here")
 
 
 def test_help_does_not_wait_for_jax():
@@ -432,6 +481,14 @@ def test_programs_are_kept_for_the_next_run(tmp_path):
     assert kept[0]
 
 
+def test_queries_of_a_network_that_is_right_nowhere_are_not_told(trained, tmp_path):
+    loaded, model = run.load(trained, examples=8)
+    wrong = np.argmin(model(loaded.x), axis=1)
+    suite = {"square": jn.attacks.cascade({"square": jn.attacks.standard(loaded.threat)["square"]})}
+    report = jn.evaluation.evaluate(KEY, model, loaded.x, wrong, suite, threat=loaded.threat)
+    json.dumps(evaluate.as_json(report), allow_nan=False)
+
+
 def test_autoattack_examples_are_saved_and_verified(trained, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--attack", "autoattack", "--epsilon", "0.02", "--examples", "16", "--save", "--eight-bit"]
@@ -439,7 +496,7 @@ def test_autoattack_examples_are_saved_and_verified(trained, tmp_path, capsys):
     said = capsys.readouterr().out
     for name in ("autoattack: apgd-ce", "autoattack: square", "masked gradients?", "ms a row"):
         assert name in said
-    file = trained / "adversarial-autoattack-linf0.02.npz"
+    file = trained / "adversarial-autoattack-linf0.02-8bit.npz"
     cli.main(["verify", str(file)])
     assert "every accuracy is the one said in the file" in capsys.readouterr().out
     other = tmp_path / "other"
@@ -498,7 +555,10 @@ def test_export_of_a_run_that_was_stopped_says_so(trained, tmp_path, capsys):
     stopped = shutil.copytree(trained, tmp_path / "stopped")
     (stopped / "report.json").unlink()
     cli.main(["export", str(stopped), str(tmp_path / "published")])
-    assert capsys.readouterr().err == f"jaxnets: {stopped} has not ended its training: this is its last checkpoint\n"
+    said = f"jaxnets: {stopped} has not ended its training: this is its last checkpoint\n"
+    assert capsys.readouterr().err == said
+    cli.main(["evaluate", str(stopped), "--steps", "1", "--restarts", "1", "--examples", "8"])
+    assert said in capsys.readouterr().err
 
 
 def test_export_refuses_what_it_cannot_do(trained, tmp_path, capsys):

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import jaxnets as jn
-from jaxnets.checkpoint import Checkpoints
+from jaxnets.checkpoint import BusyError, Checkpoints, alone_in
 from jaxnets.data import Split, batch_indices
 from jaxnets.fit import MetricsLog, Progress, fit, read_metrics, restore_best
 from jaxnets.training import make_step
@@ -88,6 +88,12 @@ def test_stopped_and_continued_equals_never_stopped(problem, tmp_path):
     continued = run(problem, tmp_path / "stopped", epochs=6, evaluate=lambda state: {"clean": 0.5})
     np.testing.assert_array_equal(params_of(continued), params_of(whole))
     assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_a_folder_is_of_one_process_at_a_time(problem, tmp_path):
+    with alone_in(tmp_path), pytest.raises(BusyError, match=r"another process trains in .*: wait for it, or choose"):
+        run(problem, tmp_path)
+    run(problem, tmp_path)
 
 
 def test_a_damaged_newest_checkpoint_costs_only_time(problem, tmp_path, caplog):

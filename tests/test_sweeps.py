@@ -12,6 +12,7 @@ import pytest
 
 import jaxnets as jn
 from jaxnets.averaging import ema, init_average, with_average
+from jaxnets.checkpoint import Checkpoints
 from jaxnets.data import Split
 from jaxnets.fit import fit, read_metrics, restore_best
 from jaxnets.sweeps import in_turn, member, stack, sweep, write_members
@@ -206,6 +207,10 @@ def test_a_sweep_stopped_and_continued_equals_one_never_stopped(trained, tmp_pat
 def test_each_member_becomes_a_run_of_its_own(trained, tmp_path):
     states, last, folder = trained
     folders = [tmp_path / str(number) for number in range(3)]
+    # One was begun alone, to an earlier step and a better score.
+    for kept, step in (("checkpoints", 1), ("best", 9)):
+        begun = states[1]._replace(step=jnp.int32(step))
+        Checkpoints(folders[1] / kept).save(step, begun if kept == "checkpoints" else (begun, np.float64(0.9)))
     for _ in range(2):  # a second time, as after a kill
         write_members(folder, last, folders)
     rows, together = list(read_metrics(folders[1] / "metrics.jsonl")), list(read_metrics(folder / "metrics.jsonl"))

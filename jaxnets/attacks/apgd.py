@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxnets.attacks.parts.apgd_steps import Point, Schedule, schedule_of
-from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, check_steps, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, check_steps, checked_logits, row_keys
 from jaxnets.attacks.parts.classes import check_classes, likeliest_others
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
 from jaxnets.attacks.parts.start import Start
 from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
 from jaxnets.losses import cross_entropy, dlr_targeted
-from jaxnets.threats import Threat, check_one_a_row
+from jaxnets.threats import Threat, a_row, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
 from jaxnets.attacks.parts.compaction import until_done
 from jaxnets.attacks.parts.queries import Queried, counts_queries
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
@@ -18,7 +18,7 @@ from jaxnets.attacks.parts.rules import Rule, by_optax, normalized, steepest
 from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
 from jaxnets.draws import drawn
 from jaxnets.losses import margin
-from jaxnets.threats import Threat, check_one_a_row
+from jaxnets.threats import Threat, a_row, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss
 
 Draw = Callable[[Array, tuple[int, ...], Any], Array]

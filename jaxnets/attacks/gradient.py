@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, check_steps, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, check_steps, row_keys
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.ranking import better, candidate, nothing_yet
 from jaxnets.attacks.parts.rules import Rule, steepest
 from jaxnets.attacks.parts.start import Start, at_clean, uniform
 from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
 from jaxnets.losses import cross_entropy
-from jaxnets.threats import Threat, check_one_a_row
+from jaxnets.threats import Threat, a_row, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss
 
 _STEEPEST = steepest()

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
 from jaxnets.attacks.parts.ranking import Nearest, nearer, nothing_found, within
 from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import is_targeted, margin, succeeded
-from jaxnets.threats import L0, Threat, check_one_a_row, sizes
+from jaxnets.threats import L0, Threat, a_row, check_one_a_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss
 
 _BLOCK = 8

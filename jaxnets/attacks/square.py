@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.attacks.parts.calling import a_row, as_pytree, check_rows, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_rows, row_keys
 from jaxnets.attacks.parts.compaction import until_done
 from jaxnets.attacks.parts.queries import Queried, counts_queries
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
 from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
 from jaxnets.draws import drawn
 from jaxnets.losses import margin, succeeded
-from jaxnets.threats import L1, L2, Linf, Threat, check_one_a_row
+from jaxnets.threats import L1, L2, Linf, Threat, a_row, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss
 
 _HALVINGS = np.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000])

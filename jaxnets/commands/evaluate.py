@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -14,8 +15,8 @@ from tqdm import tqdm
 
 from jaxnets import attacks, certificates, losses, plots
 from jaxnets.cli import Evaluate
-from jaxnets.commands.run import Run, load, versions, write_json
-from jaxnets.commands.settings import check_at_least
+from jaxnets.commands.run import Run, load, versions, warn_of_unfinished, write_json
+from jaxnets.commands.settings import check_at_least, check_seed
 from jaxnets.diagnostics import masked_gradients
 from jaxnets.evaluation import Report, robustness_curve, table
 from jaxnets.evaluation import evaluate as evaluate_attacks
@@ -69,18 +70,19 @@ def evaluate(command: Evaluate) -> None:
     if not command.runs:
         raise ValueError("name at least one run to evaluate: jaxnets evaluate RUN [RUN ...]")
     check_at_least(command, steps=1, restarts=1, examples=1)
+    check_seed(command.seed)
     if command.epsilon is not None:
         check_at_least(command, epsilon=0)
+    if command.attack != "pgd" and (command.steps, command.restarts) != (Evaluate.steps, Evaluate.restarts):
+        raise ValueError(f"--steps and --restarts are of pgd, {command.attack} has its own: leave them out")
+    # Before the first attack, for the last of them may take hours: a run that is none, a folder that is read only.
+    runs = {folder: _load(command, folder) for folder in command.runs}
+    out = command.out or command.runs[0]
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"{out} cannot be written to: say another folder with --out")
     reports, curves, numbers = {}, {}, {}
-    for folder in command.runs:
-        run, model = load(
-            folder,
-            examples=command.examples,
-            threat=command.threat,
-            epsilon=command.epsilon,
-            data_dir=command.data_dir,
-            last=command.last,
-        )
+    for folder, (run, model) in runs.items():
         reports[str(folder)] = report = _attack(command, run, model)
         curves[str(folder)] = pgd_curve(run, model)
         print(f"{folder} in {run.threat}: worst case {report.accuracies()['worst case']:.2%}\n{report.costs()}")
@@ -88,19 +90,31 @@ def evaluate(command: Evaluate) -> None:
         print(masked, flush=True)
         numbers[str(folder)] = {
             **as_json(report),
+            "threat": str(run.threat),
             "milliseconds a row": {name: 1000 * seconds for name, seconds in report.seconds.items()},
             "masked gradients": masked._asdict() | {"signs": masked.signs()},
         }
+        write_json(out / "evaluation.json", numbers)
         if command.save:
             _save(command, folder, run, report)
     columns = [report.with_bounds() for report in reports.values()]
     rows = {name: [(int(column[name].sum()), len(column[name])) for column in columns] for name in columns[0]}
     print(table(rows, list(reports)))
-    out = command.out or command.runs[0]
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "evaluation.json", numbers)
     plots.accuracy_against_epsilon(out / "evaluation.png", curves, xlabel="epsilon")
     print(f"written: {out}/evaluation.json, evaluation.png")
+
+
+def _load(command: Evaluate, folder: Path) -> tuple[Run, Any]:
+    found = load(
+        folder,
+        examples=command.examples,
+        threat=command.threat,
+        epsilon=command.epsilon,
+        data_dir=command.data_dir,
+        last=command.last,
+    )
+    warn_of_unfinished(folder)
+    return found
 
 
 def _attack(command: Evaluate, run: Run, model: Any) -> Report:
@@ -148,7 +162,9 @@ class _Bars:
 
 
 def _save(command: Evaluate, folder: Path, run: Run, report: Report) -> None:
-    path = folder / f"adversarial-{command.attack}-{type(run.threat).__name__.lower()}{run.threat.epsilon:g}.npz"
+    which = "-last" * command.last + "-8bit" * command.eight_bit
+    threat = f"{type(run.threat).__name__.lower()}{run.threat.epsilon:g}"
+    path = folder / f"adversarial-{command.attack}-{threat}{which}.npz"
     config = json.loads(json.dumps(dataclasses.asdict(command), default=str))
     origin = {"run": str(folder), "seed": command.seed, "config": config, "versions": versions()}
     save_examples(path, Examples(run.x, run.y, report.examples, report.survived, run.threat, origin))
@@ -166,7 +182,8 @@ def as_json(report: Report) -> dict[str, Any]:
             said |= {"mean_norm": _finite(mean), "median_norm": _finite(median)}
         if name in report.queries:
             queries = report.queries[name][report.survived["clean"]]
-            said |= {"mean_queries": float(queries.mean()), "median_queries": float(np.median(queries))}
+            if len(queries):
+                said |= {"mean_queries": float(queries.mean()), "median_queries": float(np.median(queries))}
         return said
 
     return {name: entry(name, rows) for name, rows in report.with_bounds().items()}

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import sys
 
 import jax
 
 from jaxnets import weights
 from jaxnets.cli import Export, Train
-from jaxnets.commands.run import load
+from jaxnets.commands.run import load, warn_of_unfinished
 from jaxnets.weights.folders import check_unused
 
 
@@ -18,8 +17,7 @@ def export(command: Export) -> None:
     run, model = load(command.run, examples=1, data_dir=command.data_dir)
     params, stats = model.args
     weights.save(command.folder, params, stats, _config(command, len(run.dataset.classes), run.x.shape[1:]))
-    if not (command.run / "report.json").exists():
-        print(f"jaxnets: {command.run} has not ended its training: this is its last checkpoint", file=sys.stderr)
+    warn_of_unfinished(command.run)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     size = sum(file.stat().st_size for file in command.folder.iterdir())
     print(f"written: {command.folder}/model.safetensors, config.json: {count:,} parameters, {size:,} bytes")

@@ -6,6 +6,7 @@ Nothing here knows an attack, so that `verify` can use it.
 import dataclasses
 import json
 import platform
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import metadata
@@ -19,7 +20,7 @@ import optax
 
 from jaxnets import data
 from jaxnets.averaging import init_average
-from jaxnets.checkpoint import CheckpointError, Checkpoints
+from jaxnets.checkpoint import BusyError, CheckpointError, Checkpoints
 from jaxnets.classifier import Classifier, from_linen
 from jaxnets.cli import Train
 from jaxnets.commands import networks
@@ -29,7 +30,7 @@ from jaxnets.optimizers import triangular
 from jaxnets.threats import L1, L2, Linf, Threat
 from jaxnets.training import TrainState, init_state
 
-EXPECTED = (ValueError, OSError, CheckpointError, FloatingPointError)
+EXPECTED = (ValueError, OSError, CheckpointError, BusyError, FloatingPointError)
 """What bad input raises; anything else is a fault of ours and keeps its traceback."""
 
 THREATS: dict[str, Callable[[float], Threat]] = {"linf": Linf, "l2": L2, "l1": L1}
@@ -136,14 +137,17 @@ def load(
         if values.get("sweep") or values.get("seeds", 1) > 1:
             raise ValueError(f"{folder} is of several networks: name the folders of their runs, beside it")
         trained = settle(Train(**{name: value for name, value in values.items() if name not in ("data_dir", "out")}))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        data_dir = data_dir or (Path(values["data_dir"]) if values.get("data_dir") else None)
+        for table, name in ((THREATS, trained.threat), (OPTIMIZERS, trained.optimizer), (SCHEDULES, trained.schedule)):
+            table[name]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{saved} is damaged or of another version ({error}): train the run again") from error
     if threat not in (None, trained.threat) and epsilon is None:
         raise ValueError(f"{folder} was trained in {trained.threat}: say --epsilon for {threat}")
     changes: dict[str, Any] = {
         "threat": threat or trained.threat,
         "epsilon": trained.epsilon if epsilon is None else epsilon,
-        "data_dir": data_dir or (Path(values["data_dir"]) if values.get("data_dir") else None),
+        "data_dir": data_dir,
     }
     trained = dataclasses.replace(trained, examples=examples, **changes)
     run = build(trained, _dataset(trained.data, trained.data_dir))
@@ -154,20 +158,26 @@ def load(
     return run, model_of(run.net, state)
 
 
+def warn_of_unfinished(folder: Path) -> None:
+    if not (folder / "report.json").exists():
+        print(f"jaxnets: {folder} has not ended its training: this is its last checkpoint", file=sys.stderr)
+
+
 def claim(folder: Path, command: Settled) -> None:
-    """Writes the configuration into a new folder, or checks that the folder is of the same run."""
-    config = _as_json(command)
+    """Writes the configuration into a folder without a checkpoint, or checks that the folder is of the same run."""
+    data_dir = command.data_dir and command.data_dir.absolute()  # for those who load the run from elsewhere
+    config = _as_json(dataclasses.replace(command, data_dir=data_dir))
     saved = folder / "config.json"
-    if not saved.exists():
+    if not saved.exists() or not any((folder / "checkpoints").glob("[0-9]*")):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(saved, {"config": config, "versions": versions()})
         return
     try:
-        before = json.loads(saved.read_text())["config"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        # What a version before did not ask was as it is by itself.
+        before = _as_json(Train()) | json.loads(saved.read_text())["config"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{saved} is damaged ({error}): delete {folder} or choose another --out") from error
     free = {"data_dir", "out"}  # the same run may be continued from elsewhere
-    before = _as_json(Train()) | before  # what a version before did not ask
     changed = [name for name in config if name not in free and config[name] != before[name]]
     if changed:
         said = ", ".join(f"{name} was {before[name]} and is {config[name]}" for name in changed)

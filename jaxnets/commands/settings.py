@@ -18,7 +18,7 @@ class Traits(NamedTuple):
       steps: of its attack unless given.
       of_classes: its labels are classes, neither smoothed nor mixed.
       certifies: it bounds what its threat can do, and so does the report.
-      attacks: by the attack of a name, --attack.
+      takes: those of ``attack``, ``steps`` and ``start`` that change it.
       in_a_threat: its threat, and so epsilon, changes the training.
     """
 
@@ -27,22 +27,29 @@ class Traits(NamedTuple):
     steps: int = 10
     of_classes: bool = False
     certifies: bool = False
-    attacks: bool = False
+    takes: tuple[str, ...] = ()
     in_a_threat: bool = True
 
+    @property
+    def attacks(self) -> bool:
+        """By the attack of a name, --attack."""
+        return "attack" in self.takes
+
+
+_AN_ATTACK = ("attack", "steps", "start")
 
 TRAITS = {
     "standard": Traits(in_a_threat=False),
-    "adversarial": Traits(attacks=True),
-    "fast": Traits(),
+    "adversarial": Traits(takes=_AN_ATTACK),
+    "fast": Traits(takes=("start",)),
     "n_fgsm": Traits(),
-    "grad_align": Traits(beta=0.2),
-    "free": Traits(steps=8),
-    "trades": Traits(beta=6.0, start="gaussian", attacks=True),
-    "mart": Traits(beta=6.0, start="gaussian", of_classes=True, attacks=True),
+    "grad_align": Traits(beta=0.2, takes=("start",)),
+    "free": Traits(steps=8, takes=("steps",)),
+    "trades": Traits(beta=6.0, start="gaussian", takes=_AN_ATTACK),
+    "mart": Traits(beta=6.0, start="gaussian", of_classes=True, takes=_AN_ATTACK),
     "kurakin": Traits(),
     "virtual_adversarial": Traits(beta=1.0),
-    "ensemble_adversarial": Traits(attacks=True),
+    "ensemble_adversarial": Traits(takes=_AN_ATTACK),
     "auxiliary": Traits(in_a_threat=False),
     "ibp": Traits(of_classes=True, certifies=True),
     "crown_ibp": Traits(of_classes=True, certifies=True),
@@ -94,6 +101,17 @@ def settle(command: Train) -> Settled:
     return settled
 
 
+def check_taken(command: Train) -> None:
+    """Raises ValueError for a wish about the attack that the objective would not hear."""
+    said = {"attack": command.attack != Train.attack, "steps": command.steps, "start": command.start}
+    for option in (name for name, value in said.items() if value):
+        if option not in TRAITS[command.objective].takes:
+            takers = ", ".join(name for name, traits in TRAITS.items() if option in traits.takes)
+            raise ValueError(f"--{option} changes nothing in {command.objective}, only in {takers}: leave it out")
+    if command.attack == "fgsm" and command.steps:
+        raise ValueError("--attack fgsm is one step: leave out --steps, or take pgd")
+
+
 def members(command: Settled) -> dict[str, Settled]:
     """The networks that are asked for, by name, each as if asked for alone."""
 
@@ -118,6 +136,11 @@ def check_at_least(command: Any, **least: float) -> None:
             raise ValueError(f"--{_dashed(name)} must be a number from {bound} on, got {value}")
 
 
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {seed}")
+
+
 def _check(command: Settled) -> None:
     check_at_least(command, epsilon=0, steps=1, epochs=1, batch_size=1, weight_decay=0, evaluate_every=1, examples=1)
     check_at_least(command, held_out=0)
@@ -125,8 +148,7 @@ def _check(command: Settled) -> None:
         raise ValueError(f"--learning-rate must be above 0, got {command.learning_rate}")
     if not 0 <= command.label_smoothing < 1:
         raise ValueError(f"--label-smoothing must be at least 0 and below 1, got {command.label_smoothing}")
-    if not 0 <= command.seed < 2**32:
-        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {command.seed}")
+    check_seed(command.seed)
     if command.ema is not None and not 0 <= command.ema < 1:
         raise ValueError(f"--ema must be at least 0 and below 1, got {command.ema}")
     _check_stopping(command)

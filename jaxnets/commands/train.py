@@ -22,7 +22,7 @@ from jaxnets.commands.reports import (
     moments,
 )
 from jaxnets.commands.run import Run, build, claim, load, rows_of, total_steps, write_json
-from jaxnets.commands.settings import TRAITS, Settled, members, settle
+from jaxnets.commands.settings import TRAITS, Settled, check_taken, members, settle
 from jaxnets.fit import fit
 from jaxnets.sweeps import member, stack, sweep, write_members
 from jaxnets.training import Step, TrainState
@@ -31,6 +31,7 @@ from jaxnets.types import LogitsFn
 
 def train(command: Train) -> None:
     """Trains, evaluates, draws; all of it into the run's folder, or into one for each network."""
+    check_taken(command)
     command = settle(command)
     (_train_several if command.is_several else _train_one)(command)
 
@@ -44,6 +45,7 @@ def _train_one(command: Settled) -> None:
     print(f"{folder}: {_describe(command, run)}", flush=True)
     state = _fit(command, folder, run, step, run.state, partial(look, command, run))
     kept = finish(folder, command, run, state)
+    _check_kept(kept)
     for name, (number, report) in kept.items():
         which = f", {name} (step {number})" if len(kept) > 1 else ""
         print(f"accuracy on {len(run.y)} test rows, {command.threat} {command.epsilon:g}{which}:\n{report}")
@@ -72,7 +74,13 @@ def _train_several(command: Settled) -> None:
     for number, (name, run) in enumerate(runs.items()):
         kept[name] = finish(folder / name, commands[name], run, member(states, number))
         print(f"{name} is evaluated", flush=True)
+    _check_kept({name: found for name, found in kept.items() if found})
     _tell(command, folder, first, kept)
+
+
+def _check_kept(kept: dict[str, Any]) -> None:
+    if not kept:
+        raise FloatingPointError("the weights are no longer finite after the last step: lower the learning rate")
 
 
 def _tell(command: Settled, folder: Path, run: Run, kept: dict[str, dict[str, Kept]]) -> None:
@@ -85,7 +93,7 @@ def _tell(command: Settled, folder: Path, run: Run, kept: dict[str, dict[str, Ke
         said = f", {which}" if command.held_out else ""
         print(f"accuracy on {len(run.y)} test rows, {command.threat}{said}:\n{members_table(groups)}")
         numbers[which] = [{"networks": group, **moments(group)} for group in groups]
-    path = folder.with_name(folder.name + ".json")
+    path = folder.parent / f"{folder.resolve().name}.json"
     write_json(path, numbers)
     print(f"runs: {folder}/*; numbers: {path}")
 

@@ -73,7 +73,8 @@ def check_unused(folder: Path) -> None:
     Raises:
       ValueError: where something is in the folder.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    is_empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+    if (folder.exists() or folder.is_symlink()) and not is_empty:
         raise ValueError(f"{folder} is there already: choose another folder, or delete it")
 
 

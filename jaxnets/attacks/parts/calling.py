@@ -32,11 +32,6 @@ def as_pytree(function: Callable[..., Any]) -> Any:
     return Partial(function) if jax.tree_util.all_leaves((function,)) else function
 
 
-def a_row(value: Any, x: Array) -> Array:
-    """One value a row, ``[B]``, of the type of ``x[B, ...]``."""
-    return jnp.broadcast_to(jnp.asarray(value, x.dtype), len(x))
-
-
 def check_steps(name: str, steps: int) -> None:
     """Raises ValueError for fewer than one step."""
     if steps < 1:
