@@ -1,6 +1,7 @@
 """The loop of training: steps, progress, evaluation, metrics, checkpoints. A killed run goes on where it was."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -20,6 +21,8 @@ from jaxnets.checkpoint import Checkpoints, alone_in
 from jaxnets.data import Split, epoch_order, steps_per_epoch, to_float
 from jaxnets.training import Step, TrainState
 from jaxnets.types import Array, Batch
+
+_log = logging.getLogger(__name__)
 
 Evaluate = Callable[[TrainState], dict[str, Any]]
 """``state -> {name: number}``; of the states of a sweep, ``{name: numbers[S]}``."""
@@ -264,14 +267,22 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+    """The lines of a metrics file. A damaged one is left out: the last, which a kill cuts short, without a warning."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        row = _row(line)
+        if row is not None:
+            yield row
+        elif number < len(lines):
+            _log.warning("%s, line %d is damaged: it is left out, those after it stay", path, number)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # no JSON, or bytes that are no text
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def write_metrics(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -150,6 +150,19 @@ def test_metrics_are_written_a_step_late_and_cut_on_resuming(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "damaged", [b'{"step": 2, "lo', b"5", b'{"loss": 1}', b'{"step": "2"}', b'{"step": 2, "\xff": 1}']
+)
+def test_a_damaged_line_of_metrics_costs_no_other(tmp_path, caplog, damaged):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n' + damaged)
+    with MetricsLog(path, keep_until=3):
+        pass
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+    (warning,) = caplog.messages  # the last line is what a kill leaves
+    assert f"{path}, line 2 is damaged" in warning
+
+
 # Best and last.
 
 
