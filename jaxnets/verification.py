@@ -128,6 +128,8 @@ def load_examples(path: Path) -> Examples:
         about = json.loads(str(arrays["about"]))
         kind = _THREATS[about.pop("threat")]
         origin = about.pop("origin")
+        _check_about(about, origin)
+        _check_shapes(arrays)
         mask = [arrays["mask"]] if kind is Masked else []
         x_adv, survived = _named(arrays, "x_adv/"), _named(arrays, "survived/")
         return Examples(arrays["x"], arrays["y"], x_adv, survived, kind(*mask, **about), origin)
@@ -137,6 +139,29 @@ def load_examples(path: Path) -> Examples:
         raise ValueError(
             f"{path} is no file of adversarial examples, or is damaged ({error}): write it again"
         ) from error
+
+
+def _check_about(threat: dict[str, Any], origin: Any) -> None:
+    for name, value in threat.items():
+        if not isinstance(value, int | float) or math.isnan(value):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    if not isinstance(origin, dict):
+        raise ValueError(f"origin must be a dict, got {origin!r}")
+
+
+def _check_shapes(arrays: dict[str, np.ndarray]) -> None:
+    rows = arrays["x"].shape
+    if not (rows and rows[0]):
+        raise ValueError(f"x must hold at least one row, got shape {rows}")
+    attacks = list(_named(arrays, "x_adv/"))
+    wanted = {f"survived/{name}": rows[:1] for name in ("clean", *attacks)}
+    wanted |= {"y": rows[:1], **{f"x_adv/{name}": rows for name in attacks}}
+    for name, shape in wanted.items():
+        if name not in arrays:
+            raise ValueError(f"{name} is missing")
+        found = arrays[name]
+        if found.shape != shape or (name.startswith("survived/") and found.dtype != bool):
+            raise ValueError(f"{name} does not fit x of shape {rows}: it is {found.dtype} of shape {found.shape}")
 
 
 def _named(arrays: dict[str, np.ndarray], start: str) -> dict[str, np.ndarray]:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import jaxnets as jn
+from jaxnets.cli import Verify
+from jaxnets.commands.verify import verify
 from jaxnets.verification import Examples, InvalidExample, check_examples, load_examples, save_examples
 
 
@@ -85,6 +87,38 @@ def test_a_damaged_file_is_said_to_be(tmp_path, damage):
     damage(path)
     with pytest.raises(ValueError, match=r"a\.npz is no file of adversarial examples, or is damaged"):
         load_examples(path)
+
+
+@pytest.mark.parametrize(("bad", "said"), [
+    (altered(origin=None), "origin must be a dict, got None"),
+    (altered(threat=jn.Linf(np.nan)), "epsilon must be a number, got nan"),
+    (altered(threat=jn.Linf(0.1, upper=None)), "upper must be a number, got None"),
+    (altered(x=np.float32(0)), r"x must hold at least one row, got shape \(\)"),
+    (altered(x=np.zeros((0, 2))), r"x must hold at least one row, got shape \(0, 2\)"),
+    (altered(y=np.zeros(5, int)), r"y does not fit x of shape \(6, 2\): it is int64 of shape \(5,\)"),
+    (altered(x_adv={"push": np.zeros((6, 3))}), "x_adv/push does not fit"),
+    (altered(survived={"clean": np.ones(6, bool)}), "survived/push is missing"),
+    (altered(survived={"push": np.ones(6, bool)}), "survived/clean is missing"),
+    (altered(survived={"clean": np.ones(6, bool), "push": np.ones(5, bool)}), "survived/push does not fit"),
+    (altered(survived={"clean": np.ones(6, bool), "push": np.ones(6)}), "survived/push .* it is float64"),
+])  # fmt: skip
+def test_contents_that_do_not_fit_are_named(tmp_path, bad, said):
+    save_examples(tmp_path / "a.npz", bad)
+    with pytest.raises(ValueError, match=rf"is damaged \({said}"):
+        load_examples(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("origin", [{}, {"run": None}])
+def test_a_file_that_names_no_run_asks_for_one(tmp_path, origin):
+    save_examples(tmp_path / "a.npz", altered(origin=origin))
+    with pytest.raises(ValueError, match=r"a\.npz must name the run that it is of, got None: say --run"):
+        verify(Verify(tmp_path / "a.npz"))
+
+
+def test_a_configuration_that_is_none_is_passed_over(tmp_path):
+    save_examples(tmp_path / "a.npz", altered(origin={"run": str(tmp_path), "config": None}))
+    with pytest.raises(ValueError, match="is no run"):
+        verify(Verify(tmp_path / "a.npz"))
 
 
 def test_an_infinite_ball_still_has_a_box():

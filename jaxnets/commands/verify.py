@@ -1,6 +1,7 @@
 """``jaxnets verify``: checks saved adversarial examples without any attack in the process."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ from jaxnets.verification import Examples, InvalidExample, accuracy_interval, ch
 def verify(command: Verify) -> None:
     """Range, ball, the clean rows and the accuracies of a file; anything wrong raises `InvalidExample`."""
     examples = load_examples(command.file)
-    folder = command.run or Path(examples.origin["run"])
+    folder = command.run or _run_of(command.file, examples.origin)
     # An example may be of the best weights or of the last; other programs that write files do not say.
-    last = examples.origin.get("config", {}).get("last", False)
+    config = examples.origin.get("config")
+    last = isinstance(config, dict) and bool(config.get("last"))
     run, model = load(folder, examples=len(examples.x), data_dir=command.data_dir, last=last)
     if not (np.array_equal(run.x, examples.x) and np.array_equal(run.y, examples.y)):
         raise InvalidExample(f"{command.file}: its clean rows are not the first test rows of the data of {folder}")
@@ -29,6 +31,13 @@ def verify(command: Verify) -> None:
         print(f"{name:20} {rows.mean():8.2%}   {100 * low:.2f} - {100 * high:.2f}   {rows.sum()}/{len(rows)}")
     _compare(examples, survivors)
     print("every accuracy is the one said in the file")
+
+
+def _run_of(file: Path, origin: dict[str, Any]) -> Path:
+    named = origin.get("run")
+    if not isinstance(named, str):
+        raise ValueError(f"{file} must name the run that it is of, got {named!r}: say --run")
+    return Path(named)
 
 
 def _compare(examples: Examples, survivors: dict[str, np.ndarray]) -> None:
