@@ -515,6 +515,15 @@ def test_autoattack_examples_are_saved_and_verified(trained, tmp_path, capsys):
     assert "No such file" in refusal(capsys, "verify", str(tmp_path / "none.npz"))
 
 
+def test_examples_are_verified_from_another_folder(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(trained.parent)
+    options = ["--steps", "2", "--restarts", "1", "--examples", "8", "--save", "--out", str(tmp_path)]
+    cli.main(["evaluate", trained.name, *options])
+    monkeypatch.chdir(tmp_path)
+    cli.main(["verify", str(trained / "adversarial-pgd-linf0.2.npz")])
+    assert "every accuracy is the one said in the file" in capsys.readouterr().out
+
+
 def test_another_norm_needs_its_epsilon(trained, capsys):
     assert "say --epsilon for l2" in refusal(capsys, "evaluate", str(trained), "--threat", "l2")
     assert "--epsilon must be a number from 0 on" in refusal(capsys, "evaluate", str(trained), "--epsilon", "-1")

@@ -166,7 +166,7 @@ def _save(command: Evaluate, folder: Path, run: Run, report: Report) -> None:
     threat = f"{type(run.threat).__name__.lower()}{run.threat.epsilon:g}"
     path = folder / f"adversarial-{command.attack}-{threat}{which}.npz"
     config = json.loads(json.dumps(dataclasses.asdict(command), default=str))
-    origin = {"run": str(folder), "seed": command.seed, "config": config, "versions": versions()}
+    origin = {"run": str(folder.absolute()), "seed": command.seed, "config": config, "versions": versions()}
     save_examples(path, Examples(run.x, run.y, report.examples, report.survived, run.threat, origin))
     print(f"written: {path}; check it with: jaxnets verify {path}")
 
