@@ -254,16 +254,20 @@ def table(rows: Mapping[str, list[tuple[int, int]]], columns: list[str] | None =
     clean             90.00%   55.50 - 99.75   9/10
     """
     width = max(14, *(len(name) for name in rows))
-    heads = columns or [""]
-    lines = []
-    if columns:
-        lines.append(" " * width + "".join(f"  {head[-38:]:>38}" for head in heads))
-    lines.append(" " * width + "  accuracy    95% interval     rows" * len(heads))
-    for name, cells in rows.items():
-        lines.append(f"{name:{width}}" + "".join(_cell(*cell) for cell in cells))
-    return "\n".join(lines)
+    names = [f"{name:{width}}" for name in ("", "", *rows)]
+    cells = [_column(*column) for column in zip(columns or [""], *rows.values(), strict=True)]
+    lines = ["".join(line).rstrip() for line in zip(names, *cells, strict=True)]
+    return "\n".join(lines if columns else lines[1:])
+
+
+def _column(head: str, *cells: tuple[int, int]) -> list[str]:
+    """The lines of a column, all as wide as the widest."""
+    lines = ["  accuracy    95% interval     rows", *(_cell(*cell) for cell in cells)]
+    head = "  " + head[-38:]
+    width = max(len(line) for line in (head, *lines))
+    return [head.rjust(width), *(line.ljust(width) for line in lines)]
 
 
 def _cell(correct: int, total: int) -> str:
     low, high = accuracy_interval(correct, total)
-    return f"  {correct / total:8.2%}   {low * 100:5.2f} - {high * 100:5.2f}   {correct}/{total}"
+    return f"  {correct / total:8.2%}   {low * 100:5.2f} - {high * 100:<6.2f}  {correct}/{total}"

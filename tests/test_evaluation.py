@@ -132,6 +132,16 @@ def test_report_prints_a_table(rows):
     assert len(table({"clean": [(1, 2), (2, 2)]}, ["one", "two"]).splitlines()) == 3
 
 
+def test_columns_of_a_table_stand_below_their_heads():
+    rows = {"clean": [(100, 100), (10, 100)], "fgsm": [(9, 100), (1000, 10000)]}
+    assert table(rows, ["one", "two"]).splitlines() == [
+        "                                               one                                    two",
+        "                accuracy    95% interval     rows   accuracy    95% interval     rows",
+        "clean            100.00%   96.38 - 100.00  100/100    10.00%    4.90 - 17.62   10/100",
+        "fgsm               9.00%    4.20 - 16.40   9/100      10.00%    9.42 - 10.60   1000/10000",
+    ]
+
+
 def test_rows_that_do_not_fit_are_refused(rows):
     x, y = rows
     with pytest.raises(ValueError, match="43 rows, 42 classes"):
