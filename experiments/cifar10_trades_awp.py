@@ -34,22 +34,22 @@ import tyro
 import jaxnets as jn
 from experiments import cifar10_fast
 from experiments.cifar10_fast import THREAT, Form
-from jaxnets import attacks, objectives
+from jaxnets import attacks, losses, objectives
 
 FORMS = {
     # So few rows, so often, that robust overfitting happens to a network this narrow.
-    "narrow": cifar10_fast.FORMS["narrow"]._replace(training_rows=500, epochs=60, batch_size=50, rows=250),
+    "narrow": cifar10_fast.FORMS["narrow"]._replace(training_rows=250, epochs=120, batch_size=50, rows=4_000),
     "full": cifar10_fast.FORMS["full"]._replace(epochs=200, rows=10_000),
 }
 
 
-def methods_by(steps: int, gammas: dict[str, float]) -> dict[str, Callable[[jn.Classifier], Any]]:
+def methods_by(steps: int, beta: float, gammas: dict[str, float]) -> dict[str, Callable[[jn.Classifier], Any]]:
     """Objectives against PGD of so many steps, each alone and with weights perturbed by so much of a layer's norm."""
     pgd = partial(attacks.pgd, threat=THREAT, steps=steps, step_size=20 / 255 / steps, start=attacks.gaussian(1e-3))
     plain: dict[str, Callable[[jn.Classifier], Any]] = {
         "adversarial": lambda net: objectives.adversarial(net, pgd),
-        "trades": lambda net: objectives.trades(net, pgd, beta=6.0),
-        "mart": lambda net: objectives.mart(net, pgd, beta=6.0),
+        "trades": lambda net: objectives.trades(net, pgd, beta=beta),
+        "mart": lambda net: objectives.mart(net, pgd, beta=beta),
     }
     methods = {}
     for name, gamma in gammas.items():
@@ -59,8 +59,9 @@ def methods_by(steps: int, gammas: dict[str, float]) -> dict[str, Callable[[jn.C
 
 
 METHODS = {
-    "narrow": methods_by(3, {"adversarial": 0.003, "trades": 0.003}),
-    "full": methods_by(10, {"adversarial": 0.01, "trades": 0.005, "mart": 0.01}),
+    # Of a network this narrow the logits are small, and the divergence is the smaller: it takes a larger weight.
+    "narrow": methods_by(3, 20.0, {"adversarial": 0.005, "trades": 0.005}),
+    "full": methods_by(10, 6.0, {"adversarial": 0.01, "trades": 0.005, "mart": 0.01}),
 }
 
 
@@ -77,13 +78,12 @@ def main(settings: Settings) -> dict[str, dict[str, float]]:
     """A line a method: clean accuracy, and what attacks leave."""
 
     pgd = partial(attacks.pgd, threat=THREAT, steps=20, step_size=2 / 255)
-    stages = attacks.standard(THREAT)
 
     def strong(form: Form) -> dict[str, Any]:
         if settings.form == "full":
-            return {"PGD-20": pgd, "AutoAttack": attacks.cascade(stages)}
-        # The first two of AutoAttack: the others break few rows more, and take longer than training here.
-        return {"PGD-20": pgd, "APGD": attacks.cascade({name: stages[name] for name in ("apgd-ce", "apgd-t")})}
+            return {"PGD-20": pgd, "AutoAttack": attacks.cascade(attacks.standard(THREAT))}
+        # AutoAttack takes longer than training here; on the margin PGD comes near it.
+        return {"PGD-20": pgd, "CW-20": partial(pgd, loss=losses.margin)}
 
     return cifar10_fast.compare(settings, FORMS[settings.form], METHODS[settings.form], strong)
 
