@@ -106,11 +106,15 @@ def alone_in(folder: Path) -> Iterator[None]:
       BusyError: where another process holds it. What a killed process held is free.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock", blocking=False)
     try:
-        with filelock.FileLock(folder / ".lock", blocking=False):
-            yield
+        lock.acquire()
     except filelock.Timeout as error:
         raise BusyError(f"another process trains in {folder}: wait for it, or choose another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_key(leaf: Any) -> bool:

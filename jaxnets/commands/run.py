@@ -164,11 +164,12 @@ def warn_of_unfinished(folder: Path) -> None:
 
 
 def claim(folder: Path, command: Settled) -> None:
-    """Writes the configuration into a folder without a checkpoint, or checks that the folder is of the same run."""
+    """Writes the configuration into a folder, or checks that what has been trained there is the same run."""
     data_dir = command.data_dir and command.data_dir.absolute()  # for those who load the run from elsewhere
     config = _as_json(dataclasses.replace(command, data_dir=data_dir))
     saved = folder / "config.json"
-    if not saved.exists() or not any((folder / "checkpoints").glob("[0-9]*")):
+    trained = (folder / "report.json").exists() or any((folder / "checkpoints").glob("[0-9]*"))
+    if not (saved.exists() and trained):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(saved, {"config": config, "versions": versions()})
         return
