@@ -212,8 +212,15 @@ def _run(command: Train | Evaluate | Verify | Summary | Export) -> None:
     cpu.tune()
     name = type(command).__name__.lower()
     # Here, because help need not wait for jax, nor verify know attacks.
+    import jax
+
     from jaxnets.commands.run import EXPECTED
 
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError):  # the first has no message
+        platforms = os.environ.get("JAX_PLATFORMS")
+        _refuse(f"JAX_PLATFORMS is {platforms}, which JAX cannot start here: take cpu, or unset it")
     try:
         getattr(importlib.import_module(f"jaxnets.commands.{name}"), name)(command)
     except EXPECTED as error:

@@ -466,6 +466,15 @@ def test_help_does_not_wait_for_jax():
     assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0
 
 
+@pytest.mark.parametrize("platform", ["rocm", "abacus"])
+def test_a_platform_that_is_not_there_is_told(platform):
+    environment = dict(os.environ) | {"JAX_PLATFORMS": platform}
+    command = [sys.executable, "-c", "from jaxnets import cli; cli.main()", "summary", "mlp"]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"JAX_PLATFORMS is {platform}, which JAX cannot start here: take cpu, or unset it\n")
+
+
 def test_programs_are_kept_for_the_next_run(tmp_path):
     environment = dict(os.environ) | {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
