@@ -126,7 +126,7 @@ def normalized(net: Classifier, mean: Any, std: Any) -> Classifier:
       mean, std: scalars or ``[C]``, in the units of the data.
 
     Raises:
-      ValueError: where ``std`` is not positive, or images are not floats.
+      ValueError: where ``std`` is not positive, or images are not floats or have another number of channels.
 
     >>> import jax, jax.numpy as jnp
     >>> net = normalized(from_linen(nn.Dense(3, use_bias=False)), mean=0.5, std=0.25)
@@ -146,6 +146,8 @@ def _normalized(net: Classifier, *values: tuple[tuple[float, ...], tuple[int, ..
     def scaled(x: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"images must be floats before they are normalised, got {x.dtype}: see data.to_float")
+        if any(one.ndim and one.shape != x.shape[-1:] for one in (mean, std)):
+            raise ValueError(f"mean and std of {mean.size} and {std.size} channels do not fit images {list(x.shape)}")
         return ((x - mean) / std).astype(x.dtype)
 
     return Classifier(

@@ -140,6 +140,7 @@ def evaluate(
             f"evaluate takes rows inside the threat's box [{threat.lower}, {threat.upper}], got values from "
             f"{np.min(x)} to {np.max(x)}: scale the data, or give the threat its lower and upper"
         )
+    x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))  # what devices hold: casting moves every coordinate
     mesh = parallel.data_mesh() if mesh is None else mesh
     keys = host_keys(key, len(x))
     on_rows = partial(attack_rows, logits_fn=as_pytree(logits_fn), batch_size=batch_size, mesh=mesh)

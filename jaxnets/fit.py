@@ -74,13 +74,17 @@ def fit(
       mesh: devices; all of them unless given.
 
     Raises:
-      ValueError: where the batch does not divide over the devices or exceeds the rows, for a score without an
-        evaluation or one that is no number, and for a patience below 1 or without a score.
+      ValueError: where the batch does not divide over the devices or exceeds the rows, for another number of images
+        than of labels, counts below 1, a score without an evaluation or one that is no number, and a patience without
+        a score.
       CheckpointError: where checkpoints exist and none can be read.
       BusyError: where another process trains in the folder.
       FloatingPointError: where the loss is no longer finite, in a sweep that of no member.
     """
     _check_stopping(evaluate, score, patience)
+    _check_counts(epochs=epochs, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
+    if len(split.images) != len(split.labels):
+        raise ValueError(f"a split pairs images with labels, got {len(split.images)} and {len(split.labels)}")
     folder = Path(folder)
     mesh = parallel.data_mesh() if mesh is None else mesh
     parallel.check_divisible(batch_size, mesh)
@@ -187,6 +191,12 @@ def _check_stopping(evaluate: Evaluate | None, score: Score | None, patience: in
         raise ValueError(
             f"patience counts evaluations without a better score, from 1 on, got {patience}, score={score}"
         )
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and (count < 1 or count != int(count)):
+            raise ValueError(f"{name} must be a whole number from 1 on, got {count}")
 
 
 def _batches(split: Split, key: Array, batch_size: int, mesh: Mesh) -> Callable[[int], Batch]:

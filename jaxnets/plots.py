@@ -22,7 +22,7 @@ def training_curves(path: Path, metrics: Sequence[Mapping[str, Any]], *, steps_p
     losses, accuracies = figure.subplots(1, 2)
     epochs = np.array([row["step"] for row in steps]) / steps_per_epoch
     for axes, name in ((losses, "loss"), (accuracies, "accuracy")):
-        values = np.array([row[name] for row in steps])
+        values = np.array([row.get(name, np.nan) for row in steps])
         axes.plot(epochs, values, color="tab:gray", alpha=0.3, linewidth=0.8)
         axes.plot(epochs, _smoothed(values, steps_per_epoch // 4), color="black", label=f"training {name}")
         axes.set(xlabel="epoch", ylabel=name)
@@ -71,8 +71,9 @@ def gallery(
         (f"perturbation\n(up to {largest:.2g})", 0.5 + 0.5 * perturbation / largest, grid[1]),
         ("adversarial", x_adv, grid[2]),
     ):
+        images = images[..., 0] if images.shape[-1] == 1 else images
         for image, axes in zip(images, axes_row, strict=True):
-            axes.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(np.clip(image, 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
         axes_row[0].set_ylabel(label)
     for row, named in ((0, predictions[0]), (2, predictions[1])):

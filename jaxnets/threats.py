@@ -71,7 +71,8 @@ def a_row(value: Any, x: Array) -> Array:
 def each_row(verb: Callable[..., Array], threat: Threat, *arguments: Array) -> Array:
     """Applies ``verb(threat, ...)`` to every row of ``arguments[B, ...]``; ``epsilon`` is a scalar or ``[B]``.
 
-    The results keep the type of the last argument, whatever that of ``epsilon``.
+    The results keep the type of the last argument, whatever that of ``epsilon``; half precision is computed in single,
+    for squares and sums of it overflow.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.zeros((2, 3))
@@ -79,7 +80,15 @@ def each_row(verb: Callable[..., Array], threat: Threat, *arguments: Array) -> A
     Array([0.1, 0.2], dtype=float32)
     """
     check_one_a_row(arguments[0], epsilon=threat.epsilon)
-    return jax.vmap(verb)(replace(threat, epsilon=a_row(threat.epsilon, arguments[-1])), *arguments)  # pyright: ignore
+    dtype = arguments[-1].dtype
+    arguments = tuple(map(_in_single, arguments))
+    threat = replace(threat, epsilon=a_row(threat.epsilon, arguments[-1]))  # pyright: ignore
+    return jax.vmap(verb)(threat, *arguments).astype(dtype)
+
+
+def _in_single(array: Array) -> Array:
+    """The array, in single precision where it is in less."""
+    return array.astype(jnp.float32) if array.dtype in (jnp.bfloat16, jnp.float16) else array
 
 
 def sizes(threat: Threat, x_adv: Array, x: Array) -> Array:

@@ -39,13 +39,14 @@ def norms(threat: Threat, x_adv: np.ndarray, x: np.ndarray) -> np.ndarray:
 def verify(name: str, x_adv: np.ndarray, x: np.ndarray, threat: Threat) -> None:
     """Raises `InvalidExample` unless every row is finite, inside the box and inside the ball.
 
-    The tolerance for single-precision rounding is ``1e-6``, in the ball ``1e-6 max(1, epsilon)``. An infinite epsilon
-    allows every size.
+    The tolerance for single-precision rounding is ``1e-6`` times the largest of 1, epsilon and the box's ends, where
+    those are finite. An infinite epsilon allows every size.
     """
     size, epsilon = norms(threat, x_adv, x), float(threat.epsilon)
     x_adv = np.asarray(x_adv, np.float64)
     outside = _flat(np.maximum(x_adv - threat.upper, threat.lower - x_adv)).max(axis=1, initial=-np.inf)
-    width, room = 1e-6 * max(1.0, abs(threat.lower), abs(threat.upper)), epsilon + 1e-6 * max(1.0, epsilon)
+    width = 1e-6 * max(1.0, *(abs(end) for end in (threat.lower, threat.upper) if math.isfinite(end)))
+    room = epsilon + max(width, 1e-6 * epsilon)
     largest = np.max(size, initial=0.0)
     for bad, what in [
         (~_flat(np.isfinite(x_adv)).all(axis=1), "is not finite"),

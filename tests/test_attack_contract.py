@@ -391,3 +391,38 @@ def test_attacks_print_their_settings():
     printed = repr(jn.attacks.worst_of(_pgd(jn.Linf(0.25)), jn.attacks.restarts(_fgsm(jn.L2(1.5)), 7)))
     for part in ("worst_of", "restarts", "epsilon=0.25", "steps=3", "L2(epsilon=1.5", "7"):
         assert part in printed
+
+
+INFINITE_BOX = {
+    "apgd": (jn.attacks.apgd, jn.L1),
+    "apgd_targeted": (jn.attacks.apgd_targeted, jn.L1),
+    "carlini_wagner": (jn.attacks.carlini_wagner, jn.L2),
+    "ead": (jn.attacks.ead, jn.L1),
+    "fab": (jn.attacks.fab, jn.L1),
+    "fab_targeted": (jn.attacks.fab_targeted, jn.L1),
+    "jsma": (jn.attacks.jsma, jn.threats.L0),
+    "lbfgs": (jn.attacks.lbfgs, jn.L2),
+}
+
+
+@pytest.mark.parametrize("name", INFINITE_BOX)
+def test_a_box_without_ends_is_refused_where_lengths_are_shares_of_it(name):
+    attack, cls = INFINITE_BOX[name]
+    x, y = jnp.full((1, 6), 0.5), jnp.array([0])
+    with pytest.raises(ValueError, match=f"{name} needs a finite box, got "):
+        attack(jax.random.key(0), lambda x: x, x, y, threat=cls(1.0, -jnp.inf, jnp.inf))
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "bim", "mi_fgsm", "ni_fgsm", "apgd", "apgd_targeted"])
+def test_an_infinite_epsilon_is_refused_where_steps_are_shares_of_it(name):
+    x, y = jnp.full((1, 6), 0.5), jnp.array([0])
+    with pytest.raises(ValueError, match="shares of epsilon, which must be finite, got L2"):
+        getattr(jn.attacks, name)(jax.random.key(0), lambda x: x, x, y, threat=jn.L2(jnp.inf))
+
+
+@pytest.mark.parametrize("cls", [jn.Linf, jn.L2, jn.L1])
+def test_fmn_of_rows_in_half_precision(cls):
+    x, y = jnp.array([[0.7, 0.5, 0.1]], jnp.bfloat16), jnp.array([0])
+    x_adv = jn.attacks.fmn(jax.random.key(0), lambda x: x, x, y, threat=cls(jnp.inf), steps=50)
+    assert x_adv.dtype == jnp.bfloat16
+    assert jnp.argmax(x_adv) == 1

@@ -63,6 +63,13 @@ def test_cutout_fills_a_square_about_any_pixel(size):
     assert {tuple(map(tuple, grid.tolist())) for grid in cut} == expected
 
 
+@pytest.mark.parametrize("mix", [mixup, cutmix])
+def test_labels_of_other_classes_are_refused(mix):
+    batch = images(4, shape=(8, 6, 1))
+    with pytest.raises(ValueError, match="labels of 5 classes are to be mixed as of 7"):
+        mix(jax.random.key(0), batch._replace(y=jnp.ones((4, 5)) / 5), classes=7)
+
+
 @pytest.mark.parametrize("augment", [random_crop, random_flip, partial(cutout, size=3)])
 def test_a_row_does_not_depend_on_its_batch(augment):
     batch, key = images(8), jax.random.key(4)

@@ -128,3 +128,13 @@ def test_equal_networks_share_their_programs():
 def test_modules_without_a_hash_are_networks_too():
     net = jn.from_linen(nn.Sequential([nn.Dense(3), nn.relu]))
     assert net.infer(*net.init(KEY, jnp.ones((2, 4))), jnp.ones((2, 4))).shape == (2, 3)
+
+
+def test_normalized_refuses_other_numbers_of_channels():
+    with pytest.raises(ValueError, match=r"of 3 and 1 channels do not fit images \[2, 8, 8, 1\]"):
+        jn.normalized(jn.from_linen(models.SmallCNN()), [0.1, 0.2, 0.3], 0.5).init(KEY, jnp.ones((2, 8, 8, 1)))
+
+
+@pytest.mark.parametrize("make", [models.AlexNet.small, models.ZFNet.small])
+def test_equal_networks_of_a_kind_share_their_functions(make):
+    assert jn.from_linen(make()) == jn.from_linen(make())

@@ -191,3 +191,17 @@ def test_rows_outside_the_box_are_refused(rows, bad):
 def test_epsilons_of_a_curve_must_rise(rows):
     with pytest.raises(ValueError, match="rising epsilons"):
         robustness_curve(KEY, model, *rows, jn.attacks.fgsm, threat=THREAT, epsilons=np.array([0.1, 0.0]))
+
+
+def test_rows_in_a_box_of_bytes_and_in_double_precision():
+    """Rounding is in proportion to the box; what is cast to single precision has not been attacked."""
+    random = np.random.default_rng(0)
+    grey = lambda x: jnp.stack([x.mean(1), 255 - x.mean(1)], axis=1)  # noqa: E731
+    x = np.round(255 * random.uniform(size=(64, 16))).astype(np.float32)
+    for epsilon in (0.3, 2.55, 3.1):
+        threat = jn.Linf(epsilon, 0, 255)
+        evaluate(KEY, grey, x, np.argmax(grey(x), 1), {"fgsm": partial(jn.attacks.fgsm, threat=threat)}, threat=threat)
+    x = random.uniform(size=(16, 6))
+    for threat in (jn.L0(3), jn.Masked(np.arange(6) < 3, 0.3)):
+        pgd = {"pgd": partial(jn.attacks.pgd, threat=threat, steps=3)}
+        assert evaluate(KEY, model, x, np.argmax(model(x), 1), pgd, threat=threat).accuracies()["clean"] == 1

@@ -340,3 +340,23 @@ def test_progress_shows_values_speed_and_time_left(capsys):
     assert line.startswith("epoch 2.0/4  loss 2.000  clean 0.750")
     assert "ex/s" in line
     assert "s left" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"epochs": 0}, "epochs must be a whole number from 1 on, got 0"),
+        ({"epochs": 1.5}, "epochs must be a whole number from 1 on, got 1.5"),
+        ({"evaluate_every": 0}, "evaluate_every must be"),
+        ({"checkpoint_every": -3}, "checkpoint_every must be"),
+    ],
+)
+def test_counts_that_are_none_are_refused(problem, tmp_path, options, said):
+    with pytest.raises(ValueError, match=said):
+        run(problem, tmp_path, **options)
+
+
+def test_images_without_labels_are_refused(problem, tmp_path):
+    objective, state, split = problem
+    with pytest.raises(ValueError, match="pairs images with labels, got 49 and 50"):
+        run((objective, state, Split(split.images[1:], split.labels)), tmp_path)

@@ -383,3 +383,13 @@ def test_logits_in_half_precision_are_near_those_in_single():
     expected = np.asarray(jax.jit(single.infer)(params, stats, x))
     got = jax.jit(half.infer)(params, stats, x).astype(jnp.float32)
     np.testing.assert_allclose(got, expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_images_that_are_none_or_too_small():
+    """Of nothing a convolution gives nothing; a network says that nothing is left."""
+    x, kernel = jnp.ones((2, 3, 3, 1)), jnp.ones((5, 5, 1, 2))
+    assert layers.conv_general_dilated(x[:0], kernel, (1, 1), "SAME").shape == (0, 3, 3, 2)
+    assert layers.conv_general_dilated(x, kernel, (1, 1), "VALID").shape == (2, 0, 0, 2)
+    assert layers.flatten(x[:0]).shape == (0, 9)
+    with pytest.raises(ValueError, match=r"nothing is left of the images, \[2, 0, 0, 2\]: they are too small"):
+        layers.flatten(jnp.ones((2, 0, 0, 2)))

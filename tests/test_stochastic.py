@@ -153,3 +153,16 @@ def test_diversity_of_a_model_that_draws_and_of_rows_that_are_no_images():
     assert jnp.abs(result[0] - result[1]).min() > 1e-4
     with pytest.raises(ValueError, match="images"):
         diversified(flat)(jnp.ones((3, 6)))
+
+
+def test_results_are_judged_by_draws_that_no_attack_has_seen():
+    """A coin turns the gradient: FGSM is right about the coin that it saw, and about every second other one."""
+
+    def model(key, x):
+        lead = jax.random.rademacher(key, (), x.dtype) * (x[:, 0] - 0.5) + 0.05
+        return jnp.stack([lead, -lead], axis=1)
+
+    x, y = np.full((500, 1), 0.5, np.float32), np.zeros(500, np.int32)
+    attack = {"fgsm": partial(jn.attacks.fgsm, threat=jn.Linf(0.1))}
+    survived = jn.evaluation.evaluate(KEY, Stochastic(model, KEY), x, y, attack, threat=jn.Linf(0.1)).accuracies()
+    assert 0.4 < survived["fgsm"] < 0.6

@@ -355,3 +355,14 @@ def test_vmap_over_threats_sweeps_epsilon(cls):
     radii = jnp.linspace(0, 2, 5)
     swept = jax.vmap(lambda e: cls(e, **FACES).project(z[0], x[0]))(radii)
     np.testing.assert_allclose(swept, [cls(e, **FACES).project(z[0], x[0]) for e in radii], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("threat", [jn.L2(300.0, 0, 255), jn.L1(600.0, 0, 255), jn.L0(3)])
+def test_half_precision_is_projected_as_single_is(threat, dtype):
+    """Of which squares and sums overflow or round."""
+    z, x = jnp.full((1, 1024), 255, dtype), jnp.ones((1, 1024), dtype)
+    project = lambda dtype: each_row(type(threat).project, threat, z.astype(dtype), x.astype(dtype))  # noqa: E731
+    found = project(dtype)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, project(jnp.float32).astype(dtype))

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxnets.attacks.parts.apgd_steps import Point, Schedule, schedule_of
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, check_steps, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_finite, check_rows, check_steps, checked_logits, row_keys
 from jaxnets.attacks.parts.classes import check_classes, likeliest_others
 from jaxnets.attacks.parts.derivatives import input_gradient
+from jaxnets.attacks.parts.minimum_norm import box_width
 from jaxnets.attacks.parts.ranking import Candidate, better, candidate, nothing_yet
 from jaxnets.attacks.parts.start import Start
 from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
 from jaxnets.losses import cross_entropy, dlr_targeted
-from jaxnets.threats import Threat, a_row, check_one_a_row
+from jaxnets.threats import L1, Threat, a_row, check_one_a_row
 from jaxnets.types import Array, LogitsFn, Loss
 
 
@@ -74,7 +75,7 @@ def apgd(
     >>> print(apgd(jax.random.key(0), lambda x: x, x, y, threat=jn.Linf(0.1), steps=5))
     [[0.4 0.6]]
     """
-    _check(x, target, threat, steps, "apgd")
+    _check(x, target, threat, steps, start, "apgd")
     arguments = (as_pytree(logits_fn), x, target, threat, as_pytree(loss), None if start is None else as_pytree(start))
     return _apgd(key, *arguments, steps=steps)
 
@@ -122,16 +123,19 @@ def apgd_targeted(
     >>> print(attack(jax.random.key(0), lambda x: x, x, y)[0, :2])
     [0.4 0.5]
     """
-    _check(x, target, threat, steps, "apgd_targeted")
+    _check(x, target, threat, steps, start, "apgd_targeted")
     check_classes(target, "apgd_targeted")
     arguments = (as_pytree(logits_fn), x, target, threat, as_pytree(loss), None if start is None else as_pytree(start))
     return _apgd_targeted(key, *arguments, steps=steps, classes=classes)
 
 
-def _check(x: Array, target: Array, threat: Threat, steps: int, name: str) -> None:
+def _check(x: Array, target: Array, threat: Threat, steps: int, start: Start | None, name: str) -> None:
     check_rows(x, target)
     check_steps(name, steps)
     check_one_a_row(x, epsilon=threat.epsilon)
+    check_finite(name, threat)
+    if start is None and isinstance(threat, L1):
+        box_width(name, threat, "its starts in L1 are drawn from all of the box, give a start")
 
 
 @partial(jax.jit, static_argnames="steps")

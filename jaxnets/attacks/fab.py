@@ -18,12 +18,12 @@ from jaxnets.attacks.parts.hyperplane import (
     seen_from,
     step_to,
 )
-from jaxnets.attacks.parts.minimum_norm import shortened, spread
+from jaxnets.attacks.parts.minimum_norm import box_width, shortened, spread
 from jaxnets.attacks.parts.ranking import Nearest, nearer, nothing_found, within
 from jaxnets.attacks.parts.start import Start, at_clean
 from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import margin, succeeded
-from jaxnets.threats import Threat, check_one_a_row, each_row, sizes
+from jaxnets.threats import L1, Threat, check_one_a_row, each_row, sizes
 from jaxnets.types import Array, LogitsFn, Loss
 
 
@@ -173,6 +173,8 @@ def _check(x: Array, target: Array, threat: Threat, steps: int, name: str) -> No
     check_classes(target, name)
     check_one_a_row(x, epsilon=threat.epsilon)
     check_steps(name, steps)
+    if isinstance(threat, L1):
+        box_width(name, threat, "in L1 its steps go to the box's corners")
 
 
 @partial(jax.jit, static_argnames="steps")

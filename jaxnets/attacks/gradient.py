@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, check_steps, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_finite, check_rows, check_steps, row_keys
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.ranking import better, candidate, nothing_yet
 from jaxnets.attacks.parts.rules import Rule, steepest
@@ -60,6 +60,7 @@ def fgsm(
     [[0.4 0.6]]
     """
     check_rows(x, target)
+    check_finite("fgsm", threat)
     step_size = threat.epsilon if step_size is None else step_size
     check_one_a_row(x, epsilon=threat.epsilon, step_size=step_size)
     return _fgsm(key, as_pytree(logits_fn), x, target, threat, step_size, as_pytree(loss), as_pytree(start))
@@ -110,6 +111,7 @@ def pgd(
     """
     check_rows(x, target)
     check_steps("pgd", steps)
+    check_finite("pgd", threat)
     step_size = 2.5 * threat.epsilon / steps if step_size is None else step_size
     check_one_a_row(x, epsilon=threat.epsilon, step_size=step_size)
     arguments = (as_pytree(logits_fn), x, target, threat, step_size, as_pytree(loss), as_pytree(start), rule)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.minimum_norm import box_width
 from jaxnets.attacks.parts.ranking import Nearest, nearer, nothing_found, within
 from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import is_targeted, margin, succeeded
@@ -69,7 +70,7 @@ def jsma(
         raise ValueError(f"jsma takes at least one target, got targets={targets}")
     if x[0].size < 2:
         raise ValueError(f"jsma moves pairs of coordinates, got rows of shape {list(x.shape[1:])}")
-    step_size = threat.upper - threat.lower if step_size is None else step_size
+    step_size = box_width("jsma", threat, "give a step_size") if step_size is None else step_size
     check_one_a_row(x, epsilon=threat.epsilon, step_size=step_size)
     step_size = a_row(step_size, x)
     return _jsma(key, as_pytree(logits_fn), x, target, threat, step_size, as_pytree(loss), targets=targets)

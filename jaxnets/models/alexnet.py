@@ -68,7 +68,7 @@ class AlexNet(nn.Module):
     @classmethod
     def small(cls, classes: int = 10, width: int = 96, **settings: Any) -> "AlexNet":
         """For images of 32x32: a first convolution of 3x3, of ``width`` channels, and all others in proportion."""
-        features = [2 * (width * n // 192) for n in cls.features]  # even, for two groups
+        features = tuple(2 * (width * n // 192) for n in cls.features)  # even, for two groups
         return cls(classes, features, width * 4096 // 96, stem=(3, 1, 1), places=3, **settings)
 
     @nn.compact

@@ -57,7 +57,7 @@ class ZFNet(nn.Module):
     @classmethod
     def small(cls, classes: int = 10, width: int = 96, **settings: Any) -> "ZFNet":
         """For images of 32x32: a first convolution of 3x3, of ``width`` channels; all others in proportion."""
-        features = [width * n // 96 for n in cls.features]
+        features = tuple(width * n // 96 for n in cls.features)
         return cls(classes, features, width * 4096 // 96, (3, 1, 1), (5, 1, 2), places=3, **settings)
 
     @nn.compact

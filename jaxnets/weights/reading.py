@@ -30,8 +30,8 @@ def read_state(source: str | Path | Mapping[str, Any]) -> dict[str, np.ndarray]:
     """
     content = source if isinstance(source, Mapping) else _READERS[_suffix(Path(source))](Path(source))
     where = "this mapping" if isinstance(source, Mapping) else str(source)
-    state = {name: value for name, value in _find_state(content, where).items() if not _UNUSED.search(name)}
-    return {name: _to_numpy(name, value) for name, value in _unwrap(state).items()}
+    state = _unwrap(_find_state(content, where))
+    return {name: _to_numpy(name, value) for name, value in state.items() if not _UNUSED.search(name)}
 
 
 def read_safetensors(file: Path) -> dict[str, np.ndarray]:

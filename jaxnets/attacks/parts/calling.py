@@ -5,8 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.tree_util import Partial
 
+from jaxnets.threats import Threat
 from jaxnets.types import Array
 
 
@@ -36,6 +39,12 @@ def check_steps(name: str, steps: int) -> None:
     """Raises ValueError for fewer than one step."""
     if steps < 1:
         raise ValueError(f"{name} takes at least one step, got steps={steps}")
+
+
+def check_finite(name: str, threat: Threat) -> None:
+    """Raises ValueError for an epsilon that is known to be infinite: steps and starts are shares of it."""
+    if not isinstance(threat.epsilon, Tracer) and np.isinf(threat.epsilon).any():
+        raise ValueError(f"{name} goes in shares of epsilon, which must be finite, got {threat}")
 
 
 def check_rows(x: Array, target: Array) -> None:

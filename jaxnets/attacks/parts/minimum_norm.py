@@ -65,9 +65,10 @@ def unit_step(gradient: Array, otherwise: Array, threat: Threat, x_t: Array) -> 
 
 
 def largest_sizes(threat: Threat, x: Array) -> Array:
-    """The size of the largest perturbation that the box allows each row, ``[B]``."""
-    furthest = jnp.maximum(x - threat.lower, threat.upper - x)
-    return sizes(threat, furthest, jnp.zeros_like(x))
+    """The size of the largest perturbation that the box allows each row, ``[B]``, in at least single precision."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    furthest = jnp.maximum(wide - threat.lower, threat.upper - wide)
+    return sizes(threat, furthest, jnp.zeros_like(wide))
 
 
 def shortened(

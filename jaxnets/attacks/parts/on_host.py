@@ -16,6 +16,9 @@ from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import is_right
 from jaxnets.types import Array, Attack, LogitsFn
 
+_JUDGED = 2**31
+"""The step whose draw judges results: no attack has one of this number, and so has not seen it."""
+
 
 class Attacked(NamedTuple):
     """``x[N, ...]``, whether each row is classified as its target ``[N]``, and its queries ``[N]`` where counted."""
@@ -111,4 +114,4 @@ def _wrap(data: Array, number: Array, *, impl: Any) -> Array:
 
 @jax.jit
 def _correct(keys: Array, logits_fn: Any, x: Array, y: Array) -> Array:
-    return is_right(redrawn(logits_fn, keys, 0)(x), y)
+    return is_right(redrawn(logits_fn, keys, _JUDGED)(x), y)

@@ -56,15 +56,19 @@ def conv_general_dilated(
     Returns:
       ``[B, H', W', D]``.
     """
+    by_lax = partial(
+        lax.conv_general_dilated, lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
+        feature_group_count, precision=precision,
+    )  # fmt: skip
     if feature_group_count > _FEW_GROUPS or not is_plain(dimension_numbers, *(lhs_dilation or ())):
-        return lax.conv_general_dilated(
-            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
-            precision=precision,
-        )  # fmt: skip
+        return by_lax()
     strides, dilation = tuple(window_strides), tuple(rhs_dilation or (1, 1))
+    window = [(size - 1) * step + 1 for size, step in zip(rhs.shape[:2], dilation, strict=True)]
     if isinstance(padding, str):
-        window = [(size - 1) * step + 1 for size, step in zip(rhs.shape[:2], dilation, strict=True)]
         padding = lax.padtype_to_pads(lhs.shape[1:3], window, strides, padding)
+    room = [size + sum(pads) for size, pads in zip(lhs.shape[1:3], padding, strict=True)]
+    if lhs.size == 0 or any(have < taken for have, taken in zip(room, window, strict=True)):
+        return by_lax()  # of nothing
     convolve = _canonical(strides, tuple(map(tuple, padding)), dilation, precision)
     if feature_group_count == 1:
         return convolve(lhs, rhs)

@@ -1,5 +1,6 @@
 """Pooling over windows, with gradients that are fast inside compiled loops as well. Images are ``[B, H, W, C]``."""
 
+import math
 from functools import reduce
 
 import jax
@@ -68,8 +69,14 @@ def adaptive_avg_pool(x: Array, size: Pair) -> Array:
 
 
 def flatten(x: Array) -> Array:
-    """``[B, ...] -> [B, N]``."""
-    return x.reshape(len(x), -1)
+    """``[B, ...] -> [B, N]``.
+
+    Raises:
+      ValueError: for an array whose rows hold nothing.
+    """
+    if 0 in x.shape[1:]:
+        raise ValueError(f"nothing is left of the images, {list(x.shape)}: they are too small for this network")
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def _entries(x: Array, window: Pair, strides: Pair, padding: tuple[Pair, Pair], fill: float) -> list[Array]:
