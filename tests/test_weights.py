@@ -16,6 +16,7 @@ from jaxnets.models import googlenet
 from jaxnets.models.layers import BatchNorm, identity
 from jaxnets.models.lenet import EuclideanRBF
 from jaxnets.models.resnet import BasicBlock, Bottleneck
+from jaxnets.weights.reading import read_state
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # more only wait for each other at these sizes
@@ -349,3 +350,9 @@ def test_weights_are_copies_in_the_precision_of_the_network():
     bfloat16 = {name: value.numpy().astype(jnp.bfloat16) for name, value in twin.state_dict().items()}
     half, _ = weights.from_torch(module, (2, 2, 1), bfloat16)
     np.testing.assert_array_equal(half["Dense_0"]["bias"], bfloat16["1.bias"].astype(np.float32))
+
+
+def test_layers_that_are_never_called_are_left_out_below_wrappers_too():
+    names = ("conv1.weight", "bn1.num_batches_tracked", "sub_block1.layer.0.bn1.weight")
+    for wrapper in ("", "module.", "_orig_mod.module."):
+        assert list(read_state({wrapper + name: np.ones(1) for name in names})) == ["conv1.weight"]
