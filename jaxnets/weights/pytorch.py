@@ -53,9 +53,9 @@ def from_torch(
 
     Args:
       module: the network, a module of Flax's Linen.
-      image: the shape of one, ``(H, W, C)``: a dense layer on flattened images has its rows in another order here. Every
-        dense layer whose inputs are a multiple of the channels before it is taken for one: networks of your own that
-        join several pooled vectors cannot be loaded by this.
+      image: the shape of one, ``(H, W, C)``: a dense layer on flattened images has its rows in another order here.
+        Every dense layer whose inputs are a multiple of the channels before it is taken for one: networks of your own
+        that join several pooled vectors cannot be loaded by this.
       source: a file, ``.pth`` or ``.pt`` (read with ``weights_only=True``, which takes PyTorch) or ``.safetensors``; or
         a ``state_dict`` itself.
       pair: `by_name` or `by_order`, for networks of your own; unless given the one that is right for ours, and
