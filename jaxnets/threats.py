@@ -55,7 +55,12 @@ class Threat(Protocol):
 
 
 def check_one_a_row(x: Array, **values: Any) -> None:
-    """Raises ValueError unless every one of ``values`` is a scalar or ``[B]``."""
+    """Raises ValueError unless every one of ``values`` is a scalar or ``[B]``, and for an epsilon below 0.
+
+    That of an array on a device is not looked at, which would wait for it.
+    """
+    if "epsilon" in values and not isinstance(values["epsilon"], jax.Array) and np.any(np.less(values["epsilon"], 0)):
+        raise ValueError(f"epsilon must be 0 or more, got {values['epsilon']}")
     for name, value in values.items():
         if jnp.shape(value) not in ((), (len(x),)):
             raise ValueError(

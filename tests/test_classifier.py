@@ -135,6 +135,6 @@ def test_normalized_refuses_other_numbers_of_channels():
         jn.normalized(jn.from_linen(models.SmallCNN()), [0.1, 0.2, 0.3], 0.5).init(KEY, jnp.ones((2, 8, 8, 1)))
 
 
-@pytest.mark.parametrize("make", [models.AlexNet.small, models.ZFNet.small])
+@pytest.mark.parametrize("make", [models.AlexNet.small, models.ZFNet.small, models.LeNet5.modern])
 def test_equal_networks_of_a_kind_share_their_functions(make):
     assert jn.from_linen(make()) == jn.from_linen(make())

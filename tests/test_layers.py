@@ -229,6 +229,12 @@ def test_maxout_of_what_does_not_divide_raises():
         layers.maxout(jnp.ones((2, 4)), pieces=3)
 
 
+@pytest.mark.parametrize("width", [0.0, -1.0])
+def test_radial_basis_of_no_width_is_refused(width):
+    with pytest.raises(ValueError, match=f"takes a width above 0, got {width}"):
+        layers.RadialBasis(3, width=width).init(jax.random.key(0), jnp.ones((1, 2)))
+
+
 def test_radial_basis(x64):
     module, x = layers.RadialBasis(3, width=0.7), normal(5, 2)
     params = {"centers": normal(3, 2, seed=1), "log_width": np.log([0.5, 0.7, 2.0])}

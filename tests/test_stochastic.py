@@ -166,3 +166,12 @@ def test_results_are_judged_by_draws_that_no_attack_has_seen():
     attack = {"fgsm": partial(jn.attacks.fgsm, threat=jn.Linf(0.1))}
     survived = jn.evaluation.evaluate(KEY, Stochastic(model, KEY), x, y, attack, threat=jn.Linf(0.1)).accuracies()
     assert 0.4 < survived["fgsm"] < 0.6
+
+
+def test_what_a_model_draws_is_none_of_what_an_attack_draws():
+    """A split of a key is its first foldings: a start drawn by one of these would lie along the model's noise."""
+    key = row_keys(KEY, 1)
+    for step in (0, 1):
+        drawn_with = jax.random.key_data(redrawn(noisy(1), key, step).key)
+        for count in (2, 3):
+            assert not (jax.random.key_data(jax.random.split(key[0], count)) == drawn_with).all(axis=1).any()

@@ -366,3 +366,10 @@ def test_half_precision_is_projected_as_single_is(threat, dtype):
     found = project(dtype)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, project(jnp.float32).astype(dtype))
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, np.array([0.1, -0.1])])
+def test_negative_epsilons_are_refused(epsilon):
+    x = jnp.full((2, 3), 0.5)
+    with pytest.raises(ValueError, match="epsilon must be 0 or more, got"):
+        jn.attacks.pgd(jax.random.key(0), lambda x: x, x, jnp.array([0, 1]), threat=jn.Linf(epsilon))

@@ -1,7 +1,7 @@
 """LeNet-5, as published in 1998 and as it is built today."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -90,6 +90,19 @@ class EuclideanRBF(nn.Module):
         return (-0.5 * jnp.sum((wide[:, None, :] - codes) ** 2, axis=-1)).astype(self.dtype or x.dtype)
 
 
+# Each once: equal networks are made of the same parts, and share what is compiled for them.
+_C3_SEES_ALL = partial(Conv, 16, (5, 5), padding="VALID")
+
+
+def _max_pooled(dtype: Any) -> Callable[[Array], Array]:
+    return max_pool
+
+
+@cache
+def _dense(classes: int) -> Callable[..., nn.Module]:
+    return partial(Dense, classes)
+
+
 class LeNet5(nn.Module):
     """LeNet-5 of 1998: 60,000 trainable parameters; `LeNet5.modern` is the form with ReLU and max-pooling.
 
@@ -125,9 +138,9 @@ class LeNet5(nn.Module):
         """ReLU, max-pooling, a full third layer and a dense output: 61,706 parameters on 28x28x1."""
         return cls(
             activation=relu,
-            subsampling=lambda dtype: max_pool,
-            c3=partial(Conv, 16, (5, 5), padding="VALID"),
-            output=partial(Dense, classes),
+            subsampling=_max_pooled,
+            c3=_C3_SEES_ALL,
+            output=_dense(classes),
             **settings,
         )
 

@@ -10,6 +10,10 @@ from jaxnets.attacks.parts.calling import as_pytree, checked_logits, row_keys
 from jaxnets.types import Array, LogitsFn
 
 
+_DRAWS = 2**31
+"""Of the model alone: a row's key is split for starts and directions, and its children are its first foldings."""
+
+
 @dataclass(frozen=True)
 class Stochastic:
     """A `LogitsFn` that draws: ``model(key, x[B, ...]) -> logits[B, K]``, a pytree.
@@ -58,7 +62,7 @@ def redrawn(logits_fn: LogitsFn, keys: Array, step: Any) -> LogitsFn:
     """The model of an attack's step: a `Stochastic` one draws from the rows' keys, any other is as it was."""
     if not isinstance(logits_fn, Stochastic):
         return logits_fn
-    return replace(logits_fn, key=keys).draw(step, len(keys))
+    return replace(logits_fn, key=keys).draw(_DRAWS, len(keys)).draw(step, len(keys))
 
 
 def expected_logits(logits_fn: LogitsFn, x: Array) -> Array:

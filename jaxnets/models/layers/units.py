@@ -100,7 +100,7 @@ class RadialBasis(nn.Module):
       dtype: of the result; that of ``x`` unless given.
 
     Raises:
-      ValueError: for a single centre without a width.
+      ValueError: for a single centre without a width, and for a width that is not above 0.
 
     >>> out = RadialBasis(50).init_with_output(jax.random.key(0), jnp.zeros((1, 3072)))[0]
     >>> bool(jnp.allclose(out, jnp.exp(-1.0), atol=0.05))
@@ -123,6 +123,8 @@ class RadialBasis(nn.Module):
     def _log_width(self, _: Array, centers: Array) -> Array:
         if self.width is None and self.features == 1:
             raise ValueError("a single centre has no distance to others for its width: give RadialBasis a width")
+        if self.width is not None and not self.width > 0:
+            raise ValueError(f"RadialBasis takes a width above 0, got {self.width}")
         # The mean squared distance of pairs is twice the variance of the sample, summed over inputs.
         width = jnp.sqrt(2 * jnp.sum(jnp.var(centers, axis=0, ddof=1))) / 2 if self.width is None else self.width
         return jnp.full(self.features, jnp.log(width), centers.dtype)
