@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxnets.attacks.parts.calling import as_pytree, checked_logits, row_keys
 from jaxnets.types import Array, LogitsFn
 
-
 _DRAWS = 2**31
 """Of the model alone: a row's key is split for starts and directions, and its children are its first foldings."""
 
