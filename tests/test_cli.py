@@ -398,7 +398,7 @@ def test_several_networks_a_second_time(several, capsys):
     before = {file: file.read_bytes() for file in files}
     cli.main(["train", *TOGETHER, "--sweep", "beta", "--values", "6", "--seeds", "2", "--out", str(several)])
     said = capsys.readouterr().out
-    assert "accuracy on 16 test rows, linf, best:" in said
+    assert "accuracy on 16 test rows, l2, best:" in said
     assert [line.split()[0] for line in said.splitlines() if "%" in line][:4] == [*NAMES, "mean", "deviation"]
     assert before == {file: file.read_bytes() for file in files}
 
