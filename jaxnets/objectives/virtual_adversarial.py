@@ -70,7 +70,7 @@ def virtual_adversarial(
         labelled = jnp.all(batch.y.reshape(len(batch.y), -1) >= 0, axis=1)
         count = jnp.maximum(jnp.sum(labelled), 1)
         value = jnp.sum(jnp.where(labelled, loss(logits, batch.y), 0)) / count + weight * divergence
-        right = jnp.sum(is_right(logits, batch.y) & labelled) / count
+        right = jnp.mean(is_right(logits, batch.y) & labelled) * len(batch.y) / count
         return value, (stats, {"loss": value, "accuracy": right, "divergence": divergence})
 
     return MinMax(under(net, sensitive), outer)
