@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
-from jaxnets.attacks.parts.minimum_norm import box_width
 from jaxnets.attacks.parts.penalty import Minimiser, Search, binary_search, nearest_by_penalty
 from jaxnets.losses import margin
 from jaxnets.threats import L2, Linf, Threat
@@ -81,8 +80,8 @@ def carlini_wagner(
     True
     """
     rounds = {L2: 9, Linf: 100}.get(type(threat), 1) if rounds is None else rounds
-    box_width("carlini_wagner", threat, "its penalty is of perturbations in units of the box")
     return nearest_by_penalty(
+        "carlini_wagner",
         key,
         logits_fn,
         x,

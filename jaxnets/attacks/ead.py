@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jaxnets.attacks.parts.minimum_norm import box_width
 from jaxnets.attacks.parts.penalty import Minimiser, binary_search, nearest_by_penalty, to_box, to_widths
 from jaxnets.losses import margin
 from jaxnets.threats import L1, L2, Threat
@@ -75,8 +74,8 @@ def ead(
     """
     if not isinstance(threat, L1 | L2):
         raise ValueError(f"ead supports the threats L1 and L2, got {type(threat).__name__}")
-    box_width("ead", threat, "its penalty is of perturbations in units of the box")
     return nearest_by_penalty(
+        "ead",
         key,
         logits_fn,
         x,

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
-from jaxnets.attacks.parts.minimum_norm import box_width
 from jaxnets.attacks.parts.penalty import Minimiser, binary_search, nearest_by_penalty, to_box, to_widths
 from jaxnets.losses import margin
 from jaxnets.threats import L2, Threat
@@ -71,8 +70,8 @@ def lbfgs(
     """
     if not isinstance(threat, L2):
         raise ValueError(f"lbfgs supports the threat L2, got {type(threat).__name__}")
-    box_width("lbfgs", threat, "its penalty is of perturbations in units of the box")
     return nearest_by_penalty(
+        "lbfgs",
         key,
         logits_fn,
         x,

@@ -101,8 +101,8 @@ def certified(
     # In less than single precision a row plus epsilon may be the row.
     logits_fn, x = as_pytree(logits_fn), jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
     with jax.default_matmul_precision("highest"):
-        least = margins_within(margins, logits_fn, threat, x, y)
-        largest = _largest_logits(logits_fn, *box(threat, x), norm=_NORMS[type(threat)])
+        ends, norm = box(threat, x), _NORMS[type(threat)]
+        least, largest = margins(logits_fn, *ends, y, norm=norm), _largest_logits(logits_fn, *ends, norm=norm)
     mine = jnp.arange(least.shape[1]) == y[:, None]
     above = (least > slack * largest[:, None]) & jnp.isfinite(least)
     return jnp.all(above | mine, axis=1) & jnp.any(mine, axis=1)

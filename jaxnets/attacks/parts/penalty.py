@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 
 from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
 from jaxnets.attacks.parts.derivatives import input_gradient
-from jaxnets.attacks.parts.minimum_norm import shortened
+from jaxnets.attacks.parts.minimum_norm import box_width, shortened
 from jaxnets.attacks.parts.ranking import nearer, nothing_found, within
 from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import cross_entropy, succeeded, targeted
@@ -119,6 +119,7 @@ def _rounds_over(rounds: Any, bracket: Bracket) -> Array:
 
 
 def nearest_by_penalty(
+    name: str,
     key: Array,
     logits_fn: LogitsFn,
     x: Array,
@@ -139,6 +140,7 @@ def nearest_by_penalty(
     At the end the segment between the clean row and its result is searched for a smaller success: a few forward passes.
 
     Args:
+      name: of the attack, for errors.
       confidence: how much the loss must be above zero; scalar or ``[B]``.
       steps: gradients a round at most.
       loss: above zero where the attack has succeeded, such as the margin.
@@ -147,9 +149,10 @@ def nearest_by_penalty(
       distance: of a perturbation in the units of the data; the threat's size unless given.
     """
     check_rows(x, target)
-    for name, value in (("steps", steps), ("rounds", rounds)):
+    box_width(name, threat, "its penalty is of perturbations in units of the box")
+    for count, value in (("steps", steps), ("rounds", rounds)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {name}={value}")
+            raise ValueError(f"{count} must be at least 1, got {count}={value}")
     check_one_a_row(x, epsilon=threat.epsilon, confidence=confidence)
     if loss in (cross_entropy, targeted(cross_entropy)):
         raise ValueError(
