@@ -195,11 +195,13 @@ def test_forgetting_keeps_the_inputs_of_layers_alone():
 
 
 @every_family_computed
-def test_forgetting_changes_nothing(name):
-    """With ``remat``: the same parameters, values, gradients and statistics."""
-    plain, params, stats, x = built(name)
-    forgetful, *same, _ = built(name, remat=True)
-    jax.tree.map(np.testing.assert_array_equal, (params, stats), tuple(same))
+def test_forgetting_changes_nothing(name, x64):
+    """With ``remat``: the same parameters, values, gradients and statistics. In double precision, for where a network
+    normalises four rows of one place it amplifies rounding ten thousandfold."""
+    plain, *variables = built(name)
+    forgetful, *same = built(name, remat=True)
+    jax.tree.map(np.testing.assert_array_equal, variables, same)
+    params, stats, x = jax.tree.map(np.float64, variables)
 
     def loss(net, params):
         logits, moved = net.train(params, stats, x, KEY)
@@ -207,11 +209,9 @@ def test_forgetting_changes_nothing(name):
 
     (value, moved), gradient = jax.jit(jax.value_and_grad(partial(loss, plain), has_aux=True))(params)
     (again, moved_too), gradient_too = jax.jit(jax.value_and_grad(partial(loss, forgetful), has_aux=True))(params)
-    np.testing.assert_allclose(again, value, rtol=1e-5)
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
-    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4 * scale)
-    jax.tree.map(close, gradient_too, gradient)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), moved_too, moved)
+    assert value.dtype == np.float64
+    close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+    jax.tree.map(close, (again, gradient_too, moved_too), (value, gradient, moved))
 
 
 @every_family_computed

@@ -46,6 +46,17 @@ def test_minimiser_finds_the_minimum_of_a_quadratic_in_the_box(x64):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_rounding_is_no_curvature():
+    """Two points apart by rounding whose gradients hardly differ: the next point is not far off, where a row would
+    succeed with a constant that is too small."""
+    x, point, gradient = jnp.full(6, 0.5), jnp.full(6, 0.7), jnp.full(6, 0.1)
+    minimiser = quasi_newton(10)
+    state = minimiser.init(L2, x, x)
+    for shift, drift in ((0.0, 0.0), (-1e-7, -1e-12)):
+        state = minimiser.step(state, L2, x, point + shift, jnp.float32(1 + shift), gradient * (1e-6 + drift))
+    assert jnp.abs(minimiser.place(state, L2, x) - point).max() < 1e-4
+
+
 def test_binary_pixels_targets_epsilon_and_rows():
     x, y, logits_fn = curved()
     keys, settings = row_keys(KEY, 8), {"loss": jn.losses.targeted(jn.losses.margin), **SHORT}
