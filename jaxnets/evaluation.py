@@ -129,18 +129,11 @@ def evaluate(
     Raises:
       InvalidExample: where a result is not finite, or outside the box or the ball.
       CrossedBounds: where a row that is certified has fallen.
-      ValueError: without rows, where ``x`` and ``y`` do not fit, or ``x`` is not finite and inside the box.
+      ValueError: without rows, where ``x`` and ``y`` do not fit, ``x`` is not finite and inside the box, or a class is
+        not among the K.
     """
-    if len(x) != len(y) or not len(x):
-        raise ValueError(
-            f"evaluate needs as many classes as rows, and at least one: got {len(x)} rows, {len(y)} classes"
-        )
-    if not ((x >= threat.lower) & (x <= threat.upper)).all():
-        raise ValueError(
-            f"evaluate takes rows inside the threat's box [{threat.lower}, {threat.upper}], got values from "
-            f"{np.min(x)} to {np.max(x)}: scale the data, or give the threat its lower and upper"
-        )
     x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))  # what devices hold: casting moves every coordinate
+    _check_data(logits_fn, x, y, threat)
     mesh = parallel.data_mesh() if mesh is None else mesh
     keys = host_keys(key, len(x))
     on_rows = partial(attack_rows, logits_fn=as_pytree(logits_fn), batch_size=batch_size, mesh=mesh)
@@ -167,6 +160,24 @@ def evaluate(
     for name, held in report.certified.items():
         _check_crossing(name, held, report.survived, threat)
     return report
+
+
+def _check_data(logits_fn: LogitsFn, x: np.ndarray, y: np.ndarray, threat: Threat) -> None:
+    if len(x) != len(y) or not len(x):
+        raise ValueError(
+            f"evaluate needs as many classes as rows, and at least one: got {len(x)} rows, {len(y)} classes"
+        )
+    if not ((x >= threat.lower) & (x <= threat.upper)).all():
+        raise ValueError(
+            f"evaluate takes rows inside the threat's box [{threat.lower}, {threat.upper}], got values from "
+            f"{np.min(x)} to {np.max(x)}: scale the data, or give the threat its lower and upper"
+        )
+    classes = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)).shape[-1]
+    if not (np.issubdtype(y.dtype, np.integer) and np.min(y) >= 0 and np.max(y) < classes):
+        raise ValueError(
+            f"evaluate takes integer classes from 0 to {classes - 1}, one for each logit, got {y.dtype} from "
+            f"{np.min(y)} to {np.max(y)}"
+        )
 
 
 def _check_crossing(certificate: str, held: np.ndarray, survived: Mapping[str, np.ndarray], threat: Threat) -> None:

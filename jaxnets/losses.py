@@ -1,7 +1,8 @@
 """Losses of one example or many: never reduced over the batch, and higher is worse for the model.
 
 Every loss is ``(logits[..., K], target) -> [...]``. Integer targets ``[...]`` name a class; `cross_entropy` also takes
-a distribution ``[..., K]`` (mixed or smoothed labels) and `kl` takes the logits of another prediction.
+a distribution ``[..., K]`` (mixed or smoothed labels) and `kl` takes the logits of another prediction. Of a class that
+is not among the K the loss is NaN.
 """
 
 from dataclasses import dataclass
@@ -242,7 +243,9 @@ def _check_classes(logits: Array, target: Array, *, at_least: int, name: str) ->
 
 
 def _pick(values: Array, classes: Array) -> Array:
-    return jnp.take_along_axis(values, classes[..., None], axis=-1)[..., 0]
+    # Of a class that is not there NaN: below zero too, where an index would count from the end.
+    classes = jnp.where(classes < 0, values.shape[-1], classes)
+    return jnp.take_along_axis(values, classes[..., None], axis=-1, mode="fill")[..., 0]
 
 
 def _best_other(logits: Array, classes: Array) -> Array:

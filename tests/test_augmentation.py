@@ -70,6 +70,15 @@ def test_labels_of_other_classes_are_refused(mix):
         mix(jax.random.key(0), batch._replace(y=jnp.ones((4, 5)) / 5), classes=7)
 
 
+@pytest.mark.parametrize("mix", [mixup, cutmix])
+def test_labels_of_no_class_are_no_numbers(mix):
+    batch = images(4, shape=(8, 6, 1))
+    assert not np.isnan(mix(jax.random.key(0), batch._replace(y=jnp.array([0, 1, 2, 6])), classes=7).y).any()
+    for wrong in (-1, 7):
+        mixed = mix(jax.random.key(0), batch._replace(y=jnp.array([0, 1, 2, wrong])), classes=7).y
+        assert np.isnan(mixed[3]).all()
+
+
 @pytest.mark.parametrize("augment", [random_crop, random_flip, partial(cutout, size=3)])
 def test_a_row_does_not_depend_on_its_batch(augment):
     batch, key = images(8), jax.random.key(4)

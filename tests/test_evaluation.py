@@ -188,6 +188,14 @@ def test_rows_outside_the_box_are_refused(rows, bad):
         evaluate(KEY, model, x, y, {"fgsm": FGSM}, threat=THREAT)
 
 
+@pytest.mark.parametrize("bad", [-1, 2, 1.0])
+def test_classes_that_the_model_does_not_have_are_refused(rows, bad):
+    x, y = rows
+    y = np.append(y[:-1], bad)
+    with pytest.raises(ValueError, match=f"integer classes from 0 to 1, one for each logit, got {y.dtype} from"):
+        evaluate(KEY, model, x, y, {"fgsm": FGSM}, threat=THREAT)
+
+
 def test_epsilons_of_a_curve_must_rise(rows):
     with pytest.raises(ValueError, match="rising epsilons"):
         robustness_curve(KEY, model, *rows, jn.attacks.fgsm, threat=THREAT, epsilons=np.array([0.1, 0.0]))

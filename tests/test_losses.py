@@ -268,3 +268,10 @@ def test_a_goal_is_seen_through_partials():
         assert is_targeted(wrapped)
     assert not is_targeted(Partial(partial(margin)))
     assert not is_targeted(None)
+
+
+@every_class_loss
+def test_of_no_class_there_is_no_loss(name):
+    """Below zero neither, where an index would count from the end."""
+    losses = CLASS_LOSSES[name](jnp.array([[3.0, 1.0, 0.0, 2.0]] * 4), jnp.array([-1, 0, 3, 4]))
+    np.testing.assert_array_equal(jnp.isnan(losses), [True, False, False, True])

@@ -86,6 +86,16 @@ def test_momentum_of_zero_tiny_and_huge_gradients(name):
         np.testing.assert_allclose(rule.step(state, threat, 0.1, gradient * scale, x)[1], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["momentum", "nesterov"])
+def test_momentum_of_large_images_in_half_precision(name):
+    """The size of such a gradient is beyond the largest number of its type."""
+    x = jnp.full(70_000, 0.5, jnp.float16)
+    rule = getattr(rules, name)()
+    z, state = rule.step(rule.init(x), jn.Linf(0.3), 0.125, jnp.ones_like(x), x)
+    assert z.dtype == state.dtype == jnp.float16
+    np.testing.assert_array_equal(z, 0.625)
+
+
 def test_smoothed_is_a_convolution_of_each_channel():
     random = np.random.default_rng(0)
     gradient, kernel = random.normal(size=(5, 6, 2)), np.outer([1, 2, 1], [1, 3, 1]) / 20

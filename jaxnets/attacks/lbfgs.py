@@ -137,8 +137,8 @@ def _onward(memory, state, threat, point, delta, value, gradient) -> Trial:
     # Curvature is learnt from the free coordinates: a gradient that a face holds back is none.
     newton, kept = optax.scale_by_lbfgs(memory).update(free, state.memory, delta)
     newton = jnp.where(held, 0, cast(Array, newton))
-    # Differences across a kink can make a direction of ascent. Those of rounding alone can make one of any length, and a
-    # success far off would pass for this constant's.
+    # Differences across a kink can make a direction of ascent; those of rounding alone one of any length, and a success
+    # far off would pass for this constant's.
     sound = (jnp.vdot(newton, gradient) > 0) & (jnp.linalg.norm(newton) <= 100 * jnp.linalg.norm(free))
     direction = jnp.where(sound, -newton, -free)
     return Trial(delta, value, gradient, direction, jnp.ones_like(value), _typed(kept, delta.dtype))

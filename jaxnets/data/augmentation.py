@@ -153,11 +153,14 @@ def _box(image: tuple[int, ...], first: Array, size: int | Array) -> Array:
 
 
 def _probabilities(batch: Batch, classes: int) -> Array:
-    """The labels ``[B, K]``, in at least single precision: in less pixels cannot be counted."""
+    """The labels ``[B, K]``, in at least single precision: in less pixels cannot be counted. NaN without a class."""
     dtype = jnp.promote_types(batch.x.dtype, jnp.float32)
     if batch.y.ndim == 2 and batch.y.shape[1] != classes:
         raise ValueError(f"labels of {batch.y.shape[1]} classes are to be mixed as of {classes}: give their number")
-    return jax.nn.one_hot(batch.y, classes, dtype=dtype) if batch.y.ndim == 1 else batch.y.astype(dtype)
+    if batch.y.ndim == 2:
+        return batch.y.astype(dtype)
+    known = (batch.y >= 0) & (batch.y < classes)
+    return jnp.where(known[:, None], jax.nn.one_hot(batch.y, classes, dtype=dtype), jnp.nan)
 
 
 def _check_images(name: str, x: Array) -> None:

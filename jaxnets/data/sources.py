@@ -43,7 +43,7 @@ class Dataset(NamedTuple):
 def hold_out(split: Split, rows: int, *, key: jax.Array) -> tuple[Split, Split]:
     """``rows`` rows drawn without replacement, and what is left: ``(rest, held_out)``, both in the split's order.
 
-    Raises ``ValueError`` where ``rows`` is below 1 or nothing is left.
+    Raises ``ValueError`` where ``rows`` is below 1, nothing is left, or images and labels are not as many.
 
     >>> split = Split(np.zeros((5, 2, 2, 1), np.uint8), np.arange(5, dtype=np.int32))
     >>> rest, held_out = hold_out(split, 2, key=jax.random.key(0))
@@ -51,6 +51,8 @@ def hold_out(split: Split, rows: int, *, key: jax.Array) -> tuple[Split, Split]:
     [0, 1, 2, 3, 4]
     """
     count = len(split.labels)
+    if len(split.images) != count:
+        raise ValueError(f"a split has a label for each image, got {len(split.images)} images and {count} labels")
     if not 1 <= rows < count:
         raise ValueError(f"of {count} rows from 1 to {count - 1} can be held out, got {rows}")
     is_held = np.zeros(count, bool)

@@ -209,5 +209,6 @@ def _unit_sum(gradient: Array) -> Array:
     """``g / |g|_1`` at any scale of ``g``, zero where ``g`` is zero."""
     largest = jnp.max(jnp.abs(gradient))
     scaled = gradient / jnp.where(largest > 0, largest, 1)
-    total = jnp.sum(jnp.abs(scaled))
-    return scaled / jnp.where(total > 0, total, 1)
+    # A sum in half precision overflows for images of 65,504 coordinates.
+    total = jnp.sum(jnp.abs(scaled), dtype=jnp.promote_types(scaled.dtype, jnp.float32))
+    return (scaled / jnp.where(total > 0, total, 1)).astype(gradient.dtype)
