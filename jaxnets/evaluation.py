@@ -123,7 +123,7 @@ def evaluate(
       certificates: by name, of the same threat, such as ``partial(certificates.certified, threat=threat)``: below the
         worst case, an upper bound of robust accuracy, stands what they certify, a lower one.
       batch_size: rows attacked at once, rounded up to a multiple of the devices; `parallel.rows_at_once` unless given.
-      mesh: devices; all of them unless given.
+      mesh: devices along an automatic axis ``data``, as of `parallel.data_mesh`; all of them unless given.
       on_batch: told the attack's name and how many rows were done, after each batch.
 
     Raises:
@@ -134,7 +134,7 @@ def evaluate(
     """
     x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))  # what devices hold: casting moves every coordinate
     _check_data(logits_fn, x, y, threat)
-    mesh = parallel.data_mesh() if mesh is None else mesh
+    mesh = parallel.mesh_or_all(mesh)
     keys = host_keys(key, len(x))
     on_rows = partial(attack_rows, logits_fn=as_pytree(logits_fn), batch_size=batch_size, mesh=mesh)
     clean = on_rows(None, keys, x=x, target=y, on_rows=partial(on_batch, "clean")).correct

@@ -71,7 +71,7 @@ def fit(
         https://arxiv.org/abs/2002.11569).
       patience: evaluations in a row without a better score after which training ends; of a sweep, of any member's.
       checkpoint_every: in steps; an epoch unless given. The last step is always saved.
-      mesh: devices; all of them unless given.
+      mesh: devices along an automatic axis ``data``, as of `parallel.data_mesh`; all of them unless given.
 
     Raises:
       ValueError: where the batch does not divide over the devices or exceeds the rows, for another number of images
@@ -86,7 +86,7 @@ def fit(
     if len(split.images) != len(split.labels):
         raise ValueError(f"a split pairs images with labels, got {len(split.images)} and {len(split.labels)}")
     folder = Path(folder)
-    mesh = parallel.data_mesh() if mesh is None else mesh
+    mesh = parallel.mesh_or_all(mesh)
     parallel.check_divisible(batch_size, mesh)
     per_epoch = steps_per_epoch(len(split.labels), batch_size)
     total, interval = epochs * per_epoch, evaluate_every * per_epoch

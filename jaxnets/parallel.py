@@ -13,6 +13,18 @@ def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def mesh_or_all(mesh: Mesh | None) -> Mesh:
+    """``mesh``, or `data_mesh` of all devices. Raises ValueError for a mesh on which networks cannot be sharded."""
+    if mesh is None:
+        return data_mesh()
+    if "data" not in mesh.axis_names or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"a mesh must have an axis 'data' and automatic axes alone, got {mesh}: make one by parallel.data_mesh, or "
+            "by jax.make_mesh with axis_types=(AxisType.Auto,)"
+        )
+    return mesh
+
+
 def by_rows(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     """Rows, which lie along ``axis``, are split over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))

@@ -76,7 +76,7 @@ def transferability(
       attacks: by name, untargeted.
       threat: what the attacks were allowed.
       batch_size: rows at once, rounded up to a multiple of the devices; `parallel.rows_at_once` unless given.
-      mesh: devices; all of them unless given.
+      mesh: devices along an automatic axis ``data``, as of `parallel.data_mesh`; all of them unless given.
       on_batch: told the attack's name, the surrogate's, and how many rows were done, after each batch.
 
     Raises:
@@ -90,7 +90,7 @@ def transferability(
     for what, given in (("surrogate", surrogates), ("target", targets), ("attack", attacks)):
         if not given:
             raise ValueError(f"transferability needs at least one {what} by name, got none")
-    mesh = parallel.data_mesh() if mesh is None else mesh
+    mesh = parallel.mesh_or_all(mesh)
     keys = host_keys(key, len(x))
 
     def correct(logits_fn: LogitsFn, rows: np.ndarray) -> np.ndarray:

@@ -214,14 +214,6 @@ def test_state_is_donated_and_the_step_traced_once(eight_devices):
     assert after.step == 4
 
 
-def test_batches_that_do_not_divide_raise(eight_devices):
-    mesh = parallel.data_mesh(eight_devices)
-    with pytest.raises(ValueError, match="batch size 12 does not divide over 8 devices: take a multiple of 8"):
-        parallel.check_divisible(12, mesh)
-    parallel.check_divisible(16, mesh)
-    assert parallel.data_mesh().size == 8
-
-
 # The compiled program: devices talk once a step, never inside the attack.
 
 

@@ -65,10 +65,10 @@ class Cascade:
           key: one, or one a row.
           logits_fn: ``x[B, ...] -> logits[B, K]``.
           x, target: rows and their classes.
-          mesh: devices; all unless given.
+          mesh: devices along an automatic axis ``data``, as of `parallel.data_mesh`; all of them unless given.
           on_batch: told an attack's name and how many rows were done (broken before: all at once).
         """
-        mesh = parallel.data_mesh() if mesh is None else mesh
+        mesh = parallel.mesh_or_all(mesh)
         found, target, keys = np.array(x), np.asarray(target), host_keys(key, len(x))
         on_rows = partial(attack_rows, logits_fn=logits_fn, batch_size=self.batch_size, mesh=mesh)
         correct = on_rows(None, keys, x=found, target=target).correct
