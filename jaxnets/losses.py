@@ -26,7 +26,8 @@ def cross_entropy(logits: Array, target: Array) -> Array:
     log_p = jax.nn.log_softmax(logits)
     if _is_classes(logits, target):
         return -_pick(log_p, target)
-    return -jnp.sum(target * log_p, axis=-1)
+    # A class of no probability adds nothing where its logit is -inf as well.
+    return -jnp.sum(target * jnp.where((target == 0) & jnp.isneginf(log_p), 0, log_p), axis=-1)
 
 
 def margin(logits: Array, target: Array) -> Array:
@@ -123,7 +124,9 @@ def kl(logits: Array, target: Array) -> Array:
     if logits.shape != target.shape:
         raise ValueError(f"kl compares two arrays of logits: got shapes {logits.shape} and {target.shape}")
     log_p, log_q = jax.nn.log_softmax(target), jax.nn.log_softmax(logits)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    p = jnp.exp(log_p)
+    # A class of no probability adds nothing where its logits are -inf as well.
+    return jnp.sum(p * jnp.where(p == 0, 0, log_p - log_q), axis=-1)
 
 
 @dataclass(frozen=True)

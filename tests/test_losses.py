@@ -275,3 +275,17 @@ def test_of_no_class_there_is_no_loss(name):
     """Below zero neither, where an index would count from the end."""
     losses = CLASS_LOSSES[name](jnp.array([[3.0, 1.0, 0.0, 2.0]] * 4), jnp.array([-1, 0, 3, 4]))
     np.testing.assert_array_equal(jnp.isnan(losses), [True, False, False, True])
+
+
+def test_classes_that_cannot_be_are_left_out():
+    """A network may rule classes out by logits of -inf: values and gradients are those of the other classes."""
+    z, t, p = jnp.array([1.0, 2.0, 0.5]), jnp.array([0.0, 1.0, 3.0]), jnp.array([0.25, 0.25, 0.5])
+    out = lambda values, filler: jnp.append(values, filler)  # noqa: E731
+    for loss, other, absent in ((kl, t, -jnp.inf), (cross_entropy, p, 0.0)):
+        expected, slope = jax.value_and_grad(loss)(z, other)
+        value, slope_too = jax.value_and_grad(loss)(out(z, -jnp.inf), out(other, absent))
+        np.testing.assert_array_equal(value, expected)
+        np.testing.assert_array_equal(slope_too, out(slope, 0.0))
+    assert jnp.isposinf(kl(out(z, -jnp.inf), out(t, 0.0)))
+    # The derivative by a probability of zero is not zero.
+    np.testing.assert_allclose(jax.grad(cross_entropy, 1)(z, jnp.array([1.0, 0.0, 0.0])), -jax.nn.log_softmax(z))
