@@ -5,6 +5,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class Checkpoints:
         if set(self.folder.as_posix()) & set("[]\\"):
             raise ValueError(f"checkpoints cannot be kept below {self.folder}: choose a folder without [, ] and \\")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers: Any = {"state": ocp.StandardCheckpointHandler(), "digest": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def save(self, step: int, tree: Any) -> None:
         """Writes a pytree of arrays and PRNG keys, and returns when it is on disk; states of later steps go."""
@@ -65,12 +67,15 @@ class Checkpoints:
         A damaged one is warned of and deleted, and the one before it is taken.
 
         Raises:
-          CheckpointError: where there are checkpoints and none can be read.
+          CheckpointError: where there are checkpoints and none can be read, or one is of another network or optimizer.
         """
-        problems = []
+        problems, host = [], _to_host(like)
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                tree = _from_host(self._read(step, _to_host(like)), like)
+                self._check_kind(step, host)
+                tree = _from_host(self._read(step, host), like)
+            except CheckpointError:
+                raise
             except Exception as error:  # Orbax raises many kinds for damaged files; none of them may end the search.
                 problems.append(f"{self.folder / str(step)} ({_first_line(error)})")
                 _log.warning("checkpoint %s is damaged: falling back to the one before", problems[-1])
@@ -90,6 +95,19 @@ class Checkpoints:
         if later:
             self._manager.reload()
 
+    def _check_kind(self, step: int, like: Any) -> None:
+        """Whether the state has the arrays of ``like``, which Orbax asks of their names alone."""
+        metadata: Any = self._manager.item_metadata(step)["state"]
+        saved = {leaf.name: _described(leaf) for leaf in jax.tree.leaves(metadata.tree)}
+        dotted = partial(jax.tree_util.keystr, simple=True, separator=".")
+        wanted = {dotted(path): _described(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise CheckpointError(
+                    f"{self.folder / str(step)} holds the state of another network or optimizer: {name} is "
+                    f"{saved.get(name, 'missing')} there and {wanted.get(name, 'missing')} here. Choose another folder"
+                )
+
     def _read(self, step: int, like: Any) -> Any:
         parts = ocp.args.Composite(state=ocp.args.StandardRestore(like), digest=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=parts)
@@ -102,11 +120,13 @@ class Checkpoints:
 def alone_in(folder: Path) -> Iterator[None]:
     """Holds a run's folder for this process: two that write there spoil each other's checkpoints and metrics.
 
+    A process may hold it several times over.
+
     Raises:
       BusyError: where another process holds it. What a killed process held is free.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock", blocking=False)
+    lock = filelock.FileLock(folder.absolute() / ".lock", blocking=False, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout as error:
@@ -144,6 +164,10 @@ def _digest(tree: Any) -> dict[str, str]:
 def _named(tree: Any) -> Iterator[tuple[str, np.ndarray]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield jax.tree_util.keystr(path), np.asarray(leaf)
+
+
+def _described(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
 
 
 def _first_line(error: Exception) -> str:

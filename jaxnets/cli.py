@@ -254,8 +254,8 @@ def _keep_programs() -> None:
 
 
 def _one_line(box: str) -> str:
-    """The message in the box that tyro draws."""
-    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()[1:]]
+    """The message in the box that tyro draws, of ``+``, ``-`` and ``|`` where the terminal has nothing else."""
+    lines = [re.sub(r"[│╭╮╰╯─]+|^[+|]|[+|]$|-{3,}", " ", line.strip()).strip() for line in box.splitlines()[1:]]
     message = " ".join(line for line in lines if line)
     return re.sub(r"\s*(For full helptext, (?:run|see))", r"; \1", message)
 

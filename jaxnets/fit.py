@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -93,6 +94,8 @@ def fit(
     with alone_in(folder):
         checkpoints = Checkpoints(folder / "checkpoints")
         restored = checkpoints.restore(state)
+        if restored is None:
+            shutil.rmtree(folder / "best", ignore_errors=True)  # of a training that is gone
         state = parallel.replicate(jax.tree.map(jnp.copy, state if restored is None else restored), mesh)
         done = int(jnp.max(state.step))
 

@@ -1,5 +1,6 @@
 """Steps of training as pure functions of their state: one update by an objective's gradient, and free replays."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -167,9 +168,11 @@ def _updated(
     value_fn: Callable[[Params], Array],
 ) -> TrainState:
     """The state with the optimizer's update of its parameters."""
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(
-        gradient, state.opt_state, state.params, value=value, grad=gradient, value_fn=value_fn
-    )
+    extras = {"value": value, "grad": gradient, "value_fn": value_fn}
+    # By what it takes and not by its type: `optax.MultiSteps` hands on what it is given, and has none of the types.
+    kinds = {parameter.kind for parameter in inspect.signature(optimizer.update).parameters.values()}
+    extras = extras if inspect.Parameter.VAR_KEYWORD in kinds else {}
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, **extras)
     return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
 

@@ -137,9 +137,9 @@ def load_examples(path: Path) -> Examples:
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, numpy and json raise many kinds for damaged files
-        raise ValueError(
-            f"{path} is no file of adversarial examples, or is damaged ({error}): write it again"
-        ) from error
+        # Its first sentence: numpy goes on to say how one may trust such a file.
+        why = str(error).partition(". ")[0]
+        raise ValueError(f"{path} is no file of adversarial examples, or is damaged ({why}): write it again") from error
 
 
 def _check_about(threat: dict[str, Any], origin: Any) -> None:

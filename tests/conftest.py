@@ -2,7 +2,10 @@
 
 # ruff: noqa: E402
 
+import contextlib
 import os
+import subprocess
+import sys
 
 from jaxnets import cpu
 
@@ -61,3 +64,20 @@ def eight_devices():
     devices = jax.devices()
     assert len(devices) == 8, "the suite runs on eight CPU devices"
     return devices
+
+
+@pytest.fixture
+def held_by_another():
+    """``with held_by_another(folder)``: another process trains there."""
+    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held'); input()"
+
+    @contextlib.contextmanager
+    def holding(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-u", "-c", hold, str(folder / ".lock")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout.readline() == "held\n"
+            yield
+            other.communicate("\n")
+
+    return holding

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,25 @@ def test_all_damaged_is_an_error_and_nothing_is_deleted(tmp_path, state):
     with pytest.raises(CheckpointError, match=r"no checkpoint can be read.*10.*delete it to start again"):
         Checkpoints(tmp_path).restore(state)
     assert (tmp_path / "10").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "there", "here"),
+    [
+        (lambda leaf: leaf[..., :2], "float32[4]", "float32[2]"),
+        (lambda leaf: leaf.astype(jnp.bfloat16), "float32[4]", "bfloat16[4]"),
+        (lambda leaf: {"more": leaf}, "float32[4]", "missing"),
+    ],
+)
+def test_a_state_of_another_network_is_told_and_stays(tmp_path, state, caplog, change, there, here):
+    """It would else come back in its own size, or pass for damaged."""
+    Checkpoints(tmp_path).save(10, state)
+    other = state._replace(params=jax.tree.map(change, state.params))
+    says = f"10 holds the state of another network or optimizer: params.Dense_0.bias is {there} there and {here} here"
+    with pytest.raises(CheckpointError, match=re.escape(says)):
+        Checkpoints(tmp_path).restore(other)
+    assert "damaged" not in caplog.text
+    assert_same(Checkpoints(tmp_path).restore(state), state)
 
 
 def test_another_structure_is_an_error(tmp_path, state):

@@ -149,6 +149,22 @@ def test_a_run_that_never_reached_a_checkpoint_may_be_given_anew(capsys, tmp_pat
     assert "holds another run (batch_size was 64 and is 128)" in refusal(capsys, *options, "--batch-size", "128")
 
 
+def test_what_is_refused_changes_nothing(capsys, tmp_path, held_by_another):
+    """Neither a folder where another process trains, nor a published network, nor a training without a name."""
+    config, options = tmp_path / "config.json", ["train", *FAST, "--out", str(tmp_path)]
+    with held_by_another(tmp_path):
+        assert "another process trains in" in refusal(capsys, *options)
+    assert not config.exists()
+    published = json.dumps({"format": 1, "config": {"model": "mlp"}})
+    config.write_text(published)
+    assert "is damaged or of something else (KeyError('versions')): choose another --out" in refusal(capsys, *options)
+    assert config.read_text() == published
+    config.unlink()
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    assert "holds a training without its config.json" in refusal(capsys, *options)
+    assert not config.exists()
+
+
 def test_stopping_says_whether_the_command_goes_on(capsys, monkeypatch):
     def stop(command):
         raise KeyboardInterrupt
@@ -459,6 +475,9 @@ def test_where_data_is_holds_from_other_folders_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run.claim(Path("first"), settings.settle(cli.Train(data_dir=Path("here"))))
     assert json.loads(Path("first/config.json").read_text())["config"]["data_dir"] == str(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run.claim(Path("second"), settings.settle(cli.Train(data_dir=Path("~/there"))))
+    assert json.loads(Path("second/config.json").read_text())["config"]["data_dir"] == str(tmp_path / "there")
 
 
 def test_help_does_not_wait_for_jax():
@@ -550,6 +569,7 @@ def test_summary_prints_every_layer(capsys):
     assert [line.split()[0] for line in lines] == ["layer", "Conv_0", "Conv_1", "Dense_0", "Dense_1", "166,406", "an"]
     assert "an image of 1x1 holds no pooling window" in refusal(capsys, "summary", "vgg16", "--image", "16", "16", "3")
     assert "must be 1 or more" in refusal(capsys, "summary", "mlp", "--image", "0", "16", "3")
+    assert "must be 1 or more" in refusal(capsys, "summary", "mlp", "--classes", "0")
 
 
 def test_export_writes_the_network_of_a_run(trained, tmp_path, capsys):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,10 +91,22 @@ def test_stopped_and_continued_equals_never_stopped(problem, tmp_path):
     assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
 
 
-def test_a_folder_is_of_one_process_at_a_time(problem, tmp_path):
-    with alone_in(tmp_path), pytest.raises(BusyError, match=r"another process trains in .*: wait for it, or choose"):
+def test_a_folder_is_of_one_process_at_a_time(problem, tmp_path, held_by_another):
+    with held_by_another(tmp_path), pytest.raises(BusyError, match=r"another process trains in .*: wait"):
         run(problem, tmp_path)
-    run(problem, tmp_path)
+    with alone_in(tmp_path):  # this process itself may hold it, as the command does
+        run(problem, tmp_path)
+
+
+def test_a_best_of_another_training_is_no_best_of_this(problem, tmp_path):
+    """Without checkpoints training begins anew, and with it the search for the best."""
+    score = {"evaluate": lambda state: {"clean": 1 / (1 + int(state.step))}, "score": lambda values: values["clean"]}
+    run(problem, tmp_path, **score)
+    shutil.rmtree(tmp_path / "checkpoints")
+    falling = score | {"evaluate": lambda state: {"clean": 0.1 / int(state.step)}}
+    run(problem, tmp_path, **falling)
+    _, best = restore_best(tmp_path, problem[1])
+    np.testing.assert_allclose(best, 0.1 / 3)
 
 
 def test_a_damaged_newest_checkpoint_costs_only_time(problem, tmp_path, caplog):

@@ -75,6 +75,17 @@ def test_optimizers_lower_the_loss(name):
     assert np.isfinite(losses).all()
 
 
+@pytest.mark.parametrize("wrapped", [lambda multi: multi, lambda multi: multi.gradient_transformation()])
+def test_accumulation_hands_on_what_an_optimizer_asks_for(wrapped):
+    net, batch = jn.from_linen(jn.models.MLP((8,), 3)), batch_of(shape=(5,))
+    alone = optax.polyak_sgd()
+    ends = []
+    for optimizer in (alone, wrapped(optax.MultiSteps(alone, 1))):
+        step = jax.jit(make_step(jn.objectives.standard(net), optimizer))
+        ends.append(step(step(state_of(net, optimizer, shape=(5,)), batch)[0], batch)[0].params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *ends)
+
+
 def test_a_step_of_sgd_is_its_formula():
     net, batch = jn.from_linen(jn.models.MLP((8,), 3)), batch_of(shape=(5,))
     objective, optimizer = jn.objectives.standard(net), optax.sgd(0.3)

@@ -165,24 +165,37 @@ def warn_of_unfinished(folder: Path) -> None:
 
 def claim(folder: Path, command: Settled) -> None:
     """Writes the configuration into a folder, or checks that what has been trained there is the same run."""
-    data_dir = command.data_dir and command.data_dir.absolute()  # for those who load the run from elsewhere
+    # For those who load the run from elsewhere; after an equals sign no shell has expanded it.
+    data_dir = command.data_dir and command.data_dir.expanduser().absolute()
     config = _as_json(dataclasses.replace(command, data_dir=data_dir))
     saved = folder / "config.json"
     trained = (folder / "report.json").exists() or any((folder / "checkpoints").glob("[0-9]*"))
-    if not (saved.exists() and trained):
+    if trained and not saved.exists():
+        raise ValueError(f"{folder} holds a training without its config.json: choose another --out, or delete it")
+    try:
+        # What a version before did not ask was as it is by itself.
+        before = _as_json(Train()) | _claimed(saved)
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{saved} is damaged or of something else ({error!r}): choose another --out, or delete {folder}"
+        ) from error
+    if not trained:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(saved, {"config": config, "versions": versions()})
         return
-    try:
-        # What a version before did not ask was as it is by itself.
-        before = _as_json(Train()) | json.loads(saved.read_text())["config"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{saved} is damaged ({error}): delete {folder} or choose another --out") from error
     free = {"data_dir", "out"}  # the same run may be continued from elsewhere
     changed = [name for name in config if name not in free and config[name] != before[name]]
     if changed:
         said = ", ".join(f"{name} was {before[name]} and is {config[name]}" for name in changed)
         raise ValueError(f"{folder} holds another run ({said}): choose another --out, or delete it")
+
+
+def _claimed(saved: Path) -> dict[str, Any]:
+    if not saved.exists():
+        return {}
+    contents = json.loads(saved.read_text())
+    contents["versions"]  # which no other program's config.json has, nor that of an exported network
+    return contents["config"]
 
 
 def _as_json(command: Train) -> dict[str, Any]:

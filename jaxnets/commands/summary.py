@@ -9,7 +9,8 @@ from jaxnets.commands.settings import check_at_least
 def summary(command: Summary) -> None:
     """Prints the layers of a network with their shapes, parameters and operations."""
     named = MODELS[command.model]
-    image, classes = command.image or named.image, command.classes or named.classes
+    image = named.image if command.image is None else command.image
+    classes = named.classes if command.classes is None else command.classes
     check_at_least(command, depth=1)
     if min(*image, classes) < 1:
         raise ValueError(f"--image and --classes must be 1 or more, got {image} and {classes}")

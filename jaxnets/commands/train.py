@@ -1,5 +1,6 @@
 """``jaxnets train``: trains, evaluates, draws."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxnets.checkpoint import alone_in
 from jaxnets.cli import Train
 from jaxnets.commands.objectives import step_of
 from jaxnets.commands.reports import (
@@ -41,10 +43,11 @@ def _train_one(command: Settled) -> None:
     run = build(command, dataset, held_out)
     step = _step(command, run, _sources(command, run))
     folder = command.out or Path("runs") / f"{_name(command)}-seed{command.seed}"
-    claim(folder, command)
-    print(f"{folder}: {_describe(command, run)}", flush=True)
-    state = _fit(command, folder, run, step, run.state, partial(look, command, run))
-    kept = finish(folder, command, run, state)
+    with alone_in(folder):
+        claim(folder, command)
+        print(f"{folder}: {_describe(command, run)}", flush=True)
+        state = _fit(command, folder, run, step, run.state, partial(look, command, run))
+        kept = finish(folder, command, run, state)
     _check_kept(kept)
     for name, (number, report) in kept.items():
         which = f", {name} (step {number})" if len(kept) > 1 else ""
@@ -62,18 +65,18 @@ def _train_several(command: Settled) -> None:
         raise ValueError(f"{folder} is the run of one network: choose another --out")
     first = next(iter(runs.values()))
     steps = _steps(command, first)
-    together = folder / ".together"
-    claim(together, command)
-    for name, one in commands.items():
-        claim(folder / name, one)
-    print(f"{folder}: {len(runs)} networks, {', '.join(runs)}; each {_describe(command, first)}", flush=True)
-    state = stack([run.state for run in runs.values()])
-    states = _fit(command, together, first, steps, state, partial(look_at_all, command, list(runs.values())))
-    write_members(together, states, [folder / name for name in runs])
-    kept = {}
-    for number, (name, run) in enumerate(runs.items()):
-        kept[name] = finish(folder / name, commands[name], run, member(states, number))
-        print(f"{name} is evaluated", flush=True)
+    together, kept = folder / ".together", {}
+    with contextlib.ExitStack() as held:
+        for place, one in ((together, command), *((folder / name, one) for name, one in commands.items())):
+            held.enter_context(alone_in(place))
+            claim(place, one)
+        print(f"{folder}: {len(runs)} networks, {', '.join(runs)}; each {_describe(command, first)}", flush=True)
+        state = stack([run.state for run in runs.values()])
+        states = _fit(command, together, first, steps, state, partial(look_at_all, command, list(runs.values())))
+        write_members(together, states, [folder / name for name in runs])
+        for number, (name, run) in enumerate(runs.items()):
+            kept[name] = finish(folder / name, commands[name], run, member(states, number))
+            print(f"{name} is evaluated", flush=True)
     _check_kept({name: found for name, found in kept.items() if found})
     _tell(command, folder, first, kept)
 
