@@ -105,7 +105,8 @@ def finished(
     settings: Settings, form: Form, name: str, make: Any, objective: Any, data: jn.data.Dataset, seed: int
 ) -> dict[str, Any]:
     """The result of one network, run unless its record is there."""
-    folder = settings.out / f"{data.name}-{settings.form}-{form.epochs}" / f"{name.replace(', ', '-')}-{seed}"
+    how = f"{data.name}-{settings.form}-{form.epochs}-{settings.batch_size}-{settings.peak:g}"
+    folder = settings.out / how / f"{name.replace(', ', '-')}-{seed}"
     record = folder / f"result-{form.rows}.json"
     return recorded(record, partial(run, settings, form, make, objective, data, seed, folder))
 

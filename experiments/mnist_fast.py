@@ -126,7 +126,7 @@ def main(settings: Settings) -> list[dict[str, float]]:
     data = jn.data.load("digits" if settings.smoke else "mnist", settings.data_dir)
     results = []
     for seed in settings.seeds:
-        name = f"{settings.attack}-{settings.start}-{settings.init}-{settings.epochs}-{settings.peak:g}"
+        name = f"{data.name}-{settings.attack}-{settings.start}-{settings.init}-{settings.epochs}-{settings.peak:g}"
         folder = settings.out / name / str(seed)
         record = folder / f"result-{settings.rows}-{settings.restarts}.json"
         results.append(recorded(record, partial(run, settings, data, seed, folder)))

@@ -132,12 +132,18 @@ def main(settings: Settings) -> dict[str, dict[str, float]]:
     print(f"{'':22}{'clean':>8}{'PGD-50x10':>11}{'AutoAttack':>12}{'certified':>11}{'seconds':>9}", flush=True)
     results = {}
     for name in settings.methods:
-        record = settings.out / f"{name}-{settings.epochs}-{settings.seed}-{settings.rows}.json"
+        record = Path(f"{folder_of(settings, data, name)}-{settings.rows}.json")
         results[name] = found = recorded(record, partial(run, settings, data, name))
         shares = "".join(f"{found[key]:{width}.1%}" for key, width in WIDTHS.items())
         print(f"{name:22}{shares}{found['seconds']:9.0f}", flush=True)
     print(f"{len(results)} methods, {sum(found['seconds'] for found in results.values()) / 60:.1f} minutes of training")
     return results
+
+
+def folder_of(settings: Settings, data: jn.data.Dataset, name: str) -> Path:
+    """Of one training: what is of other data or settings lies elsewhere."""
+    how = f"{settings.epochs}-{settings.batch_size}-{settings.peak:g}-{settings.seed}"
+    return settings.out / f"{name}-{data.name}-{how}"
 
 
 WIDTHS = {"clean": 8, "pgd": 11, "autoattack": 12, "certified": 11}
@@ -186,7 +192,7 @@ def train(settings: Settings, data: jn.data.Dataset, name: str, net: jn.Classifi
         step,
         state,
         data.train,
-        folder=settings.out / f"{name}-{settings.epochs}-{settings.seed}",
+        folder=folder_of(settings, data, name),
         epochs=epochs,
         batch_size=settings.batch_size,
     )

@@ -17,6 +17,7 @@ from jaxnets.attacks.combinators import worst_of
 from jaxnets.attacks.gradient import fgsm, pgd
 from jaxnets.attacks.parts.calling import as_pytree
 from jaxnets.attacks.parts.derivatives import input_gradient
+from jaxnets.attacks.parts.minimum_norm import box_width
 from jaxnets.attacks.parts.on_host import attack_rows, host_keys
 from jaxnets.attacks.square import square
 from jaxnets.classifier import Classifier
@@ -105,8 +106,12 @@ def masked_gradients(
       black_box: attacks that take no gradient of this model: Square of 500 queries unless given; one that transfers
         examples from another model.
 
+    Raises:
+      ValueError: for a box without an end, and as `evaluation.evaluate` does.
+
     Athalye et al. 2018, https://arxiv.org/abs/1802.00420; Carlini et al. 2019, https://arxiv.org/abs/1902.06705.
     """
+    box_width("masked_gradients", threat, "its unbounded attack goes as far as the box")
     if black_box is None:
         black_box = {"square": partial(square, threat=threat, queries=500)}
     logits_fn = as_pytree(logits_fn)

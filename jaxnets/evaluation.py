@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 from jaxnets import parallel
 from jaxnets.attacks.cascade import Cascade, Cascaded
 from jaxnets.attacks.parts.calling import as_pytree
-from jaxnets.attacks.parts.on_host import Attacked, attack_rows, host_keys
+from jaxnets.attacks.parts.on_host import Attacked, as_on_devices, attack_rows, check_data, host_keys
 from jaxnets.certificates.on_host import certify_rows
 from jaxnets.certificates.rows import Certificate
 from jaxnets.losses import is_right
@@ -132,7 +132,7 @@ def evaluate(
       ValueError: without rows, where ``x`` and ``y`` do not fit, ``x`` is not finite and inside the box, or a class is
         not among the K.
     """
-    x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))  # what devices hold: casting moves every coordinate
+    x, y = as_on_devices(x), np.asarray(y)
     _check_data(logits_fn, x, y, threat)
     mesh = parallel.mesh_or_all(mesh)
     keys = host_keys(key, len(x))
@@ -167,11 +167,7 @@ def _check_data(logits_fn: LogitsFn, x: np.ndarray, y: np.ndarray, threat: Threa
         raise ValueError(
             f"evaluate needs as many classes as rows, and at least one: got {len(x)} rows, {len(y)} classes"
         )
-    if not ((x >= threat.lower) & (x <= threat.upper)).all():
-        raise ValueError(
-            f"evaluate takes rows inside the threat's box [{threat.lower}, {threat.upper}], got values from "
-            f"{np.min(x)} to {np.max(x)}: scale the data, or give the threat its lower and upper"
-        )
+    check_data("evaluate", x, threat)
     classes = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)).shape[-1]
     if not (np.issubdtype(y.dtype, np.integer) and np.min(y) >= 0 and np.max(y) < classes):
         raise ValueError(

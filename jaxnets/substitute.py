@@ -11,6 +11,7 @@ import optax
 from jax.tree_util import Partial
 
 from jaxnets.attacks.gradient import fgsm
+from jaxnets.attacks.parts.on_host import as_on_devices, check_data
 from jaxnets.classifier import Classifier
 from jaxnets.data import batch_indices, padded_batches, steps_per_epoch
 from jaxnets.losses import cross_entropy, targeted
@@ -81,7 +82,8 @@ def substitute(
       lower, upper: the box.
 
     Raises:
-      ValueError: for settings that do not fit, or an oracle that returns anything but one class a row.
+      ValueError: for settings that do not fit, rows outside the box, or an oracle that returns anything but one class
+        a row.
 
     Papernot et al. 2017, https://arxiv.org/abs/1602.02697; drawing the points: https://arxiv.org/abs/1605.07277.
     """
@@ -91,7 +93,8 @@ def substitute(
             f"{len(x)}, the rows given: got {rounds}, {epochs}, {at_most} and {batch_size}"
         )
     init_key, train_key, draw_key = jax.random.split(key, 3)
-    x = np.asarray(x)
+    x = as_on_devices(np.asarray(x))
+    check_data("substitute", x, Linf(step_size, lower, upper))
     labels = _asked(oracle, x)
     state = init_state(train_key, *net.init(init_key, jnp.asarray(x[:batch_size])), optimizer)
     step = jax.jit(make_step(standard(net), optimizer), donate_argnums=0)

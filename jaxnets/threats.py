@@ -300,7 +300,7 @@ class Masked:
     under the mask may become anything in the box [0, 1]. The mask is static as the box is: another means a new trace.
 
     Args:
-      mask: bools that broadcast to the shape of one example.
+      mask: bools that broadcast to the shape of one example; attacks raise ValueError for others.
       epsilon: largest change under the mask, in the units of the data; a leaf.
 
     Eykholt et al. 2018, https://arxiv.org/abs/1707.08945.
@@ -318,17 +318,26 @@ class Masked:
         object.__setattr__(self, "mask", self.mask if isinstance(self.mask, _Static) else _Static(self.mask))
 
     def project(self, z: Array, x: Array) -> Array:
-        return jnp.where(self.mask.values, self._everywhere().project(z, x), x)
+        return jnp.where(self._over(x), self._everywhere().project(z, x), x)
 
     def sample(self, key: Array, x: Array) -> Array:
-        return jnp.where(self.mask.values, self._everywhere().sample(key, x), x)
+        return jnp.where(self._over(x), self._everywhere().sample(key, x), x)
 
     def direction(self, gradient: Array, x: Array) -> Array:
-        return jnp.where(self.mask.values, self._everywhere().direction(gradient, x), 0)
+        return jnp.where(self._over(x), self._everywhere().direction(gradient, x), 0)
 
     def size(self, delta: Array) -> Array:
         """The largest change under the mask; infinite where anything else has changed."""
-        return jnp.max(jnp.where(self.mask.values | (delta == 0), jnp.abs(delta), jnp.inf))
+        return jnp.max(jnp.where(self._over(delta) | (delta == 0), jnp.abs(delta), jnp.inf))
+
+    def _over(self, x: Array) -> np.ndarray:
+        try:
+            return np.broadcast_to(self.mask.values, x.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"a mask must broadcast to the shape of one example, {list(x.shape)}, got a mask of shape "
+                f"{list(self.mask.values.shape)}: for the pixels of an image it is mask[..., None]"
+            ) from error
 
     def _everywhere(self) -> Linf:
         return Linf(self.epsilon, self.lower, self.upper)
@@ -393,9 +402,21 @@ def _finish(delta: Array, z: Array, x: Array, threat: Threat, power: int) -> Arr
     left = jnp.maximum(threat.epsilon**power - on_box**power, 0) ** (1 / power)
     shrink = jax.lax.stop_gradient(jnp.where(off_box > left, left / jnp.where(off_box > 0, off_box, 1), 1))
     boxed = jnp.clip(z, threat.lower, threat.upper)
+    moved = jnp.clip(x + delta * shrink, threat.lower, threat.upper)
+    if power == 1:
+        moved = _towards(x, moved, jnp.abs(delta * shrink))
     # Exactly on the box, not a rounding error inside it: what `_inward` does next hangs on it.
-    cut = jnp.where(meets_box, boxed, jnp.clip(x + delta * shrink, threat.lower, threat.upper))
+    cut = jnp.where(meets_box, boxed, moved)
     return jnp.where(threat.size(boxed - x) <= threat.epsilon, boxed, cut)
+
+
+def _towards(x: Array, moved: Array, length: Array) -> Array:
+    """``moved``, one number nearer to ``x`` where rounding took it further than ``length``.
+
+    In L1 the rounding errors of thousands of coordinates add up.
+    """
+    value, x, length = map(jax.lax.stop_gradient, (moved, x, length))
+    return moved + jnp.where(jnp.abs(value - x) > length, jnp.nextafter(value, x) - value, 0)
 
 
 def _inward(gradient: Array, x: Array, threat: Threat) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxnets import parallel
-from jaxnets.attacks.parts.on_host import attack_rows, host_keys
+from jaxnets.attacks.parts.on_host import as_on_devices, attack_rows, check_data, host_keys
 from jaxnets.evaluation import table
 from jaxnets.threats import Threat
 from jaxnets.types import Array, Attack, LogitsFn
@@ -81,7 +81,7 @@ def transferability(
 
     Raises:
       InvalidExample: where an example is not finite, or outside the box or the ball.
-      ValueError: without rows, surrogates, targets or attacks, or where ``x`` and ``y`` do not fit.
+      ValueError: without rows, surrogates, targets or attacks, or where ``x``, ``y`` and the threat do not fit.
 
     Papernot et al. 2016, https://arxiv.org/abs/1605.07277; Dong et al. 2018, https://arxiv.org/abs/1710.06081.
     """
@@ -90,6 +90,8 @@ def transferability(
     for what, given in (("surrogate", surrogates), ("target", targets), ("attack", attacks)):
         if not given:
             raise ValueError(f"transferability needs at least one {what} by name, got none")
+    x = as_on_devices(x)
+    check_data("transferability", x, threat)
     mesh = parallel.mesh_or_all(mesh)
     keys = host_keys(key, len(x))
 

@@ -45,7 +45,7 @@ def verify(name: str, x_adv: np.ndarray, x: np.ndarray, threat: Threat) -> None:
     size, epsilon = norms(threat, x_adv, x), float(threat.epsilon)
     x_adv = np.asarray(x_adv, np.float64)
     outside = _flat(np.maximum(x_adv - threat.upper, threat.lower - x_adv)).max(axis=1, initial=-np.inf)
-    width = 1e-6 * max(1.0, *(abs(end) for end in (threat.lower, threat.upper) if math.isfinite(end)))
+    width = 1e-6 * max([1.0, *(abs(end) for end in (threat.lower, threat.upper) if math.isfinite(end))])
     room = epsilon + max(width, 1e-6 * epsilon)
     largest = np.max(size, initial=0.0)
     for bad, what in [

@@ -75,6 +75,16 @@ def test_it_needs_the_host():
         )
 
 
+@pytest.mark.parametrize(("x", "threat", "words"), [
+    (images(), jn.Linf(jnp.full(ROWS, 0.1)), r"takes one epsilon for all, got \(12,\)"),
+    (255 * images(), jn.Linf(0.1), r"autoattack takes rows inside the threat's box \[0.0, 1.0\], got values from"),
+    (images().reshape(ROWS, -1), jn.Linf(0.1), r"takes images \[B, H, W, C\] or \[B, H, W\], for Square, got shape"),
+])  # fmt: skip
+def test_what_it_cannot_attack_is_refused_before_it_begins(x, threat, words):
+    with pytest.raises(ValueError, match=words):
+        autoattack(KEY, linear(), x, jnp.zeros(ROWS, int), threat=threat)
+
+
 @pytest.mark.parametrize(("version", "names"), [
     (standard, ["apgd-ce", "apgd-t", "fab-t", "square"]),
     (plus, ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]),

@@ -41,13 +41,19 @@ def squares(params, stats, batch, key):
     return value, (stats, {"loss": value})
 
 
-WEIGHTS = {"kernel": jnp.array([[3.0, 4.0]]), "bias": jnp.array([5.0]), "stack": jnp.ones((2, 2, 3))}
+WEIGHTS = {
+    "kernel": jnp.array([[3.0, 4.0]]),
+    "bias": jnp.array([5.0]),
+    "attention": {"kernel": jnp.ones((2, 2, 3)), "bias": jnp.ones((2, 3))},
+}
 
 
-def test_each_layer_by_its_own_length_and_no_vectors():
+def test_each_layer_by_its_own_length_and_no_biases():
+    """Nor those of attention, a row for each head."""
     gradient, _ = jax.jit(jax.grad(awp(squares, gamma=0.1), has_aux=True))(WEIGHTS, {}, None, KEY)
-    for name, times in (("kernel", 1.1), ("stack", 1.1), ("bias", 1.0)):
-        np.testing.assert_allclose(gradient[name], times * WEIGHTS[name], rtol=1e-6)
+    for found, weights in ((gradient, WEIGHTS), (gradient["attention"], WEIGHTS["attention"])):
+        np.testing.assert_allclose(found["kernel"], 1.1 * weights["kernel"], rtol=1e-6)
+        np.testing.assert_array_equal(found["bias"], weights["bias"])
 
 
 def test_weights_are_restored_bit_for_bit():

@@ -220,3 +220,22 @@ def test_a_row_of_a_random_model_does_not_see_its_batch():
         alone = slice(row, row + 1)
         found = carlini_wagner(keys[alone], noisy, x[alone], y[alone], threat=L2, **SHORT)
         np.testing.assert_allclose(found, whole[alone], atol=1e-5)
+
+
+@pytest.mark.parametrize(("attack", "threat", "settings", "words"), [
+    (carlini_wagner, jn.L2(jnp.inf), {"initial_const": 0.0}, "initial_const must be above 0 and below inf, got 0"),
+    (carlini_wagner, jn.Linf(jnp.inf), {"initial_const": -1}, "initial_const must be above 0 and below inf, got -1"),
+    (carlini_wagner, jn.Linf(jnp.inf), {"shrink": 1.5}, "shrink must be above 0 and below 1, got 1.5"),
+    (carlini_wagner, jn.L2(jnp.inf), {"step_size": jnp.ones(8)}, r"step_size must be one number for all rows, got.*8"),
+    (jn.attacks.ead, jn.L1(jnp.inf), {"initial_const": 0}, "initial_const must be above 0"),
+    (jn.attacks.ead, jn.L1(jnp.inf), {"beta": jnp.ones(8)}, "beta must be one number for all rows"),
+    (jn.attacks.lbfgs, jn.L2(jnp.inf), {"initial_const": 0}, "initial_const must be above 0"),
+    (jn.attacks.fab, jn.L2(1.0), {"eta": np.ones(8)}, "eta must be one number for all rows"),
+    (jn.attacks.deepfool, jn.L2(1.0), {"overshoot": np.ones(8)}, "overshoot must be one number for all rows"),
+    (jn.attacks.jsma, jn.L0(4), {"step_size": 0.0}, "step_size, which must not be 0, got 0.0"),
+])  # fmt: skip
+def test_settings_that_find_nothing_or_are_of_single_rows_raise(attack, threat, settings, words):
+    """With them every row came back clean, which looks like robustness; or they were taken coordinate by coordinate."""
+    x, y, logits_fn = curved()
+    with pytest.raises(ValueError, match=words):
+        attack(KEY, logits_fn, x, y, threat=threat, **settings)

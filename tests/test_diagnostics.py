@@ -33,6 +33,13 @@ def test_a_linear_model_shows_no_sign():
     assert str(found).endswith("no sign")
 
 
+def test_an_unbounded_attack_needs_a_box():
+    with pytest.raises(ValueError, match="masked_gradients needs a finite box"):
+        masked_gradients(
+            KEY, linear(), np.zeros((2, 4, 4, 1), np.float32), np.zeros(2, int), threat=jn.Linf(0.1, 0, np.inf)
+        )
+
+
 def test_quantised_input_hides_gradients():
     found = look(lambda x: linear()(jnp.round(40 * x) / 40))
     assert found.zero_gradients == 1

@@ -188,6 +188,17 @@ def test_rows_outside_the_box_are_refused(rows, bad):
         evaluate(KEY, model, x, y, {"fgsm": FGSM}, threat=THREAT)
 
 
+@pytest.mark.parametrize("ends", [(-np.inf, np.inf), (0, np.inf)])
+def test_a_box_without_an_end_holds_all(rows, ends):
+    x, y = rows
+    threat = jn.Linf(0.02, *ends)
+    attack = partial(jn.attacks.fgsm, threat=threat)
+    report = evaluate(KEY, model, x, list(y), {"fgsm": attack}, threat=threat)
+    far = np.abs(x.mean(axis=1) - 0.5) > 0.02
+    np.testing.assert_array_equal(report.survived["fgsm"], far & report.survived["clean"])
+    assert 0 < report.survived["fgsm"].sum() < report.survived["clean"].sum()
+
+
 @pytest.mark.parametrize("bad", [-1, 2, 1.0])
 def test_classes_that_the_model_does_not_have_are_refused(rows, bad):
     x, y = rows

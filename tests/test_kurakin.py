@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from scipy import stats
 
 import jaxnets as jn
+from jaxnets.attacks.parts.queries import with_queries
 from jaxnets.types import Batch
 
 KEY = jax.random.key(0)
@@ -89,3 +90,21 @@ def test_on_prediction_is_the_attack_on_the_predicted_class():
     expected = attack(KEY, MODEL, X, predicted)
     np.testing.assert_array_equal(jn.attacks.on_prediction(attack)(KEY, MODEL, X, wrong), expected)
     assert jn.attacks.on_prediction(jn.attacks.fgsm).__name__ == "fgsm"
+
+
+def test_on_prediction_is_asked_for_its_queries_by_its_own_way():
+    """Decorators copy what a function carries: the attack under them must not be taken for theirs."""
+    assert with_queries(jn.attacks.on_prediction(jn.attacks.square)) is None
+    blind = jn.attacks.on_prediction(partial(jn.attacks.fgsm, threat=jn.Linf(0.05)))
+    assert with_queries(blind) is None
+
+
+def test_the_weight_may_be_traced():
+    net, batch = jn.from_linen(jn.models.MLP(())), Batch(jnp.ones((4, 3)), jnp.arange(4))
+    variables = net.init(KEY, batch.x)
+
+    def value(weight):
+        kurakin = jn.objectives.kurakin(net, jn.attacks.least_likely_class, threat=jn.Linf(0.1), weight=weight)
+        return kurakin(*variables, batch, KEY)[0]
+
+    np.testing.assert_allclose(jax.jit(value)(0.7), value(0.7), rtol=1e-6)

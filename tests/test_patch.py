@@ -156,6 +156,15 @@ def test_a_masked_threat():
     np.testing.assert_array_equal(threat.direction(z, x), jnp.where(MASK, jnp.sign(z), 0))
 
 
+def test_a_mask_of_another_shape_raises():
+    """Of pixels, on grey images: it would broadcast the image."""
+    x = jnp.full((2, 3, 4, 1), 0.5)
+    with pytest.raises(
+        ValueError, match=r"one example, \[3, 4, 1\], got a mask of shape \[3, 4\]: .* mask\[..., None\]"
+    ):
+        jn.attacks.fgsm(KEY, lambda x: x.reshape(2, -1), x, jnp.zeros(2, int), threat=Masked(MASK, 0.3))
+
+
 def test_a_mask_is_a_part_of_the_program_and_epsilon_is_not():
     traces = []
 

@@ -62,6 +62,10 @@ def test_the_box_is_kept():
     result = train(oracle, X, rounds=3, epochs=1, step_size=0.4, lower=-0.1, upper=1.2)
     assert result.x.min() == np.float32(-0.1)
     assert result.x.max() == np.float32(1.2)
+    with pytest.raises(
+        ValueError, match=r"substitute takes rows inside the threat's box \[0.0, 1.0\], got values from"
+    ):
+        train(oracle, 255 * X)
 
 
 def test_it_learns_the_oracle_and_its_adversarial_examples_fool_it():

@@ -268,6 +268,18 @@ def test_size_is_the_norm(cls, seed):
     np.testing.assert_allclose(cls(0.1).size(delta), references.norm(order_of(cls), delta[None])[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+def test_l1_balls_of_many_coordinates_hold_what_is_projected(scale):
+    """Of thousands of coordinates the rounding errors add up: none is rounded away from the clean row."""
+    random = np.random.default_rng(0)
+    x = np.float32(scale) * (random.integers(0, 256, (16, 3072)) / 255).astype(np.float32)
+    threat = jn.L1(12.0 * scale, 0.0, scale)
+    found = each_row(jn.L1.project, threat, jnp.asarray(x + scale * random.normal(size=x.shape) / 50, jnp.float32), x)
+    sizes = references.norm(1, np.asarray(found, np.float64) - x)
+    assert (sizes <= 12 * scale * (1 + 1e-7)).all()
+    assert (sizes >= 12 * scale * (1 - 1e-5)).all()
+
+
 # Derivatives.
 
 

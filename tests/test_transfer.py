@@ -164,3 +164,21 @@ def test_nothing_to_do_raises(missing):
         transferability(KEY, *given, X, Y, attacks, threat=THREAT)
     with pytest.raises(ValueError, match="as many classes as rows"):
         transferability(KEY, MODELS, MODELS, X, Y[:3], {"fgsm": FGSM}, threat=THREAT)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"x": 255 * X}, r"transferability takes rows inside the threat's box \[0.0, 1.0\], got values from"),
+    ({"x": X.astype(jnp.bfloat16)}, "transferability takes rows in single or double precision, got bfloat16"),
+    ({"threat": jn.Linf(np.full(25, 0.3))}, r"it takes one epsilon for all, got \(25,\)"),
+])  # fmt: skip
+def test_rows_that_do_not_fit_the_threat_raise(change, words):
+    x, threat = change.get("x", X), change.get("threat", THREAT)
+    with pytest.raises(ValueError, match=words):
+        transferability(KEY, MODELS, MODELS, x, Y, {"fgsm": FGSM}, threat=threat)
+
+
+def test_rows_in_double_precision_are_those_that_devices_hold():
+    few, attack = jn.L0(2), partial(jn.attacks.pgd, threat=jn.L0(2), steps=2)
+    doubles = np.random.default_rng(9).uniform(0.3, 0.7, (25, 4))
+    result = transferability(KEY, MODELS, MODELS, doubles, Y, {"pgd": attack}, threat=few)
+    assert ((result.examples["pgd", "first"] != doubles.astype(np.float32)).sum(axis=1) <= 2).all()

@@ -1,5 +1,7 @@
 """VAT's direction against the divergence's Hessian, its value and gradient against numpy, rows without labels."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +102,21 @@ def test_rows_without_a_label_among_distributions(x64):
     y = jnp.full((6, 3), -1.0).at[0].set(jnp.array([1.0, 0.0, 0.0])).at[1].set(jnp.array([0.0, 1.0, 0.0]))
     _, (_, metrics) = virtual_adversarial(NET, FREE)(params, stats, Batch(batch.x, y), KEY)
     assert metrics["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("loss", [jn.losses.cross_entropy, jn.losses.dlr])
+def test_gradients_of_rows_without_a_label_are_those_of_the_others(x64, loss):
+    """A loss of no class is NaN, and behind a mask its gradient would be as well."""
+    params, stats, batch = problem()
+    y = jnp.where(jnp.arange(6) < 4, batch.y, -1)
+    run = jax.jit(jax.grad(virtual_adversarial(NET, FREE, weight=0.0, loss=loss), has_aux=True))
+    found, _ = run(params, stats, Batch(batch.x, y), KEY)
+
+    def labelled(params):
+        logits, _ = NET.train(params, stats, batch.x, KEY)
+        return jnp.mean(loss(logits[:4], batch.y[:4]))
+
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-9), found, jax.grad(labelled)(params))
 
 
 def test_at_least_one_iteration():

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 from jaxnets.attacks.apgd import apgd, apgd_targeted
@@ -13,7 +14,8 @@ from jaxnets.attacks.cascade import Cascade, cascade
 from jaxnets.attacks.checks import DRAWS, ModelWarning, black_box_wins, check_model
 from jaxnets.attacks.combinators import restarts, worst_of
 from jaxnets.attacks.fab import fab, fab_targeted, halfway
-from jaxnets.attacks.parts.calling import row_keys
+from jaxnets.attacks.parts.calling import check_rows, row_keys
+from jaxnets.attacks.parts.on_host import check_data
 from jaxnets.attacks.parts.stochastic import Stochastic
 from jaxnets.attacks.square import square
 from jaxnets.losses import dlr, margin
@@ -86,7 +88,8 @@ def autoattack(
       ``x_adv[B, ...]`` inside ball and box.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, or inside ``jax.jit``.
+      ValueError: for shapes or dtypes that do not fit, rows outside the box, an epsilon for each row, or inside
+        ``jax.jit``.
 
     Warns:
       ModelWarning: where the model draws and ``version`` does not average, where it returns probabilities, has zero
@@ -96,6 +99,10 @@ def autoattack(
     """
     if isinstance(x, Tracer):
         raise ValueError("autoattack gathers surviving rows on the host: call it outside jit, or use worst_of")
+    check_rows(x, target)
+    check_data("autoattack", np.asarray(x), threat)
+    if version in (standard, plus) and x.ndim not in (3, 4):
+        raise ValueError(f"autoattack takes images [B, H, W, C] or [B, H, W], for Square, got shape {list(x.shape)}")
     classes = jax.eval_shape(logits_fn, x).shape[-1]
     doubts = check_model(row_keys(key, len(x))[:500], logits_fn, x[:500], target[:500])
     if version is rand and isinstance(logits_fn, Stochastic):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
+from jaxnets.attacks.parts.calling import check_between
 from jaxnets.attacks.parts.penalty import Minimiser, Search, binary_search, nearest_by_penalty
 from jaxnets.losses import margin
 from jaxnets.threats import L2, Linf, Threat
@@ -80,6 +81,10 @@ def carlini_wagner(
     True
     """
     rounds = {L2: 9, Linf: 100}.get(type(threat), 1) if rounds is None else rounds
+    if initial_const is None:
+        initial_const = 1e-5 if isinstance(threat, Linf) else 1e-3
+    check_between(0, jnp.inf, step_size=step_size, initial_const=initial_const)
+    check_between(0, 1, shrink=shrink)
     return nearest_by_penalty(
         "carlini_wagner",
         key,
@@ -99,9 +104,9 @@ def carlini_wagner(
 
 def _search(threat: Threat, initial_const: Any, rounds: int, shrink: Any) -> Search:
     if isinstance(threat, L2):
-        return binary_search(1e-3 if initial_const is None else initial_const, rounds)
+        return binary_search(initial_const, rounds)
     if isinstance(threat, Linf):
-        return shrinking_cap(1e-5 if initial_const is None else initial_const, rounds, shrink)
+        return shrinking_cap(initial_const, rounds, shrink)
     raise ValueError(f"carlini_wagner supports the threats L2 and Linf, got {type(threat).__name__}")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, check_steps, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_between, check_rows, check_steps, checked_logits, row_keys
 from jaxnets.attacks.parts.classes import check_classes, likeliest_others
 from jaxnets.attacks.parts.hyperplane import Hyperplane, distance, linearised
 from jaxnets.attacks.parts.ranking import nearer, nothing_found, within
@@ -72,6 +72,7 @@ def deepfool(
     check_classes(target, "deepfool")
     check_one_a_row(x, epsilon=threat.epsilon)
     check_steps("deepfool", steps)
+    check_between(-jnp.inf, jnp.inf, overshoot=overshoot)
     arguments = (as_pytree(logits_fn), x, target, threat, as_pytree(loss), jnp.asarray(overshoot, x.dtype))
     return _deepfool(key, *arguments, steps=steps, classes=classes)
 

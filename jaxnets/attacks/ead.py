@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from jaxnets.attacks.parts.calling import check_between
 from jaxnets.attacks.parts.penalty import Minimiser, binary_search, nearest_by_penalty, to_box, to_widths
 from jaxnets.losses import margin
 from jaxnets.threats import L1, L2, Threat
@@ -74,6 +75,8 @@ def ead(
     """
     if not isinstance(threat, L1 | L2):
         raise ValueError(f"ead supports the threats L1 and L2, got {type(threat).__name__}")
+    check_between(0, jnp.inf, step_size=step_size, initial_const=initial_const)
+    check_between(-jnp.inf, jnp.inf, beta=beta)
     return nearest_by_penalty(
         "ead",
         key,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attacks.parts.calling import as_pytree, check_rows, check_steps, checked_logits, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, check_between, check_rows, check_steps, checked_logits, row_keys
 from jaxnets.attacks.parts.classes import check_classes, likeliest_others
 from jaxnets.attacks.parts.hyperplane import (
     Hyperplane,
@@ -163,8 +163,9 @@ class _Rows(NamedTuple):
     target: Array
 
 
-def _pull(x: Array, *values: Any) -> _Pull:
-    return _Pull(*(jnp.asarray(value, x.dtype) for value in values))
+def _pull(x: Array, alpha_max: Any, eta: Any, beta: Any) -> _Pull:
+    check_between(-jnp.inf, jnp.inf, alpha_max=alpha_max, eta=eta, beta=beta)
+    return _Pull(*(jnp.asarray(value, x.dtype) for value in (alpha_max, eta, beta)))
 
 
 def _check(x: Array, target: Array, threat: Threat, steps: int, name: str) -> None:

@@ -14,7 +14,7 @@ from jaxnets.attacks.parts.rules import Rule, steepest
 from jaxnets.attacks.parts.start import Start, at_clean, uniform
 from jaxnets.attacks.parts.stochastic import expected_logits, redrawn
 from jaxnets.losses import cross_entropy
-from jaxnets.threats import Threat, a_row, check_one_a_row
+from jaxnets.threats import Threat, a_row, check_one_a_row, each_row
 from jaxnets.types import Array, LogitsFn, Loss
 
 _STEEPEST = steepest()
@@ -149,12 +149,12 @@ def _step(threat: Threat, lengths: Array, x: Array, x_t: Array, gradient: Array,
     """The next iterates and states of all rows; a coordinate whose gradient is NaN has none."""
     gradient = jnp.nan_to_num(gradient)
 
-    def one(threat, state, length, x_t, gradient, x):
-        z, state = rule.step(state, threat, length, gradient, x_t)
-        return threat.project(z, x), state
+    def one(threat, state, length, x_t, gradient):
+        return rule.step(state, threat, length, gradient, x_t)
 
-    threat = replace(threat, epsilon=a_row(threat.epsilon, x))  # pyright: ignore
-    return jax.vmap(one)(threat, state, lengths, x_t, gradient, x)
+    of_rows = replace(threat, epsilon=a_row(threat.epsilon, x))  # pyright: ignore
+    z, state = jax.vmap(one)(of_rows, state, lengths, x_t, gradient)
+    return each_row(lambda threat, z, x: threat.project(z, x), threat, z, x), state
 
 
 def _in_box(threat: Threat, x: Array) -> Array:

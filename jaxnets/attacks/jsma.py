@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
 from jaxnets.attacks.parts.minimum_norm import box_width
@@ -72,6 +73,8 @@ def jsma(
         raise ValueError(f"jsma moves pairs of coordinates, got rows of shape {list(x.shape[1:])}")
     step_size = box_width("jsma", threat, "give a step_size") if step_size is None else step_size
     check_one_a_row(x, epsilon=threat.epsilon, step_size=step_size)
+    if not isinstance(step_size, jax.Array) and not np.all(step_size):
+        raise ValueError(f"jsma moves coordinates by step_size, which must not be 0, got {step_size}")
     step_size = a_row(step_size, x)
     return _jsma(key, as_pytree(logits_fn), x, target, threat, step_size, as_pytree(loss), targets=targets)
 

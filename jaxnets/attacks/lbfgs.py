@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
+from jaxnets.attacks.parts.calling import check_between
 from jaxnets.attacks.parts.penalty import Minimiser, binary_search, nearest_by_penalty, to_box, to_widths
 from jaxnets.losses import margin
 from jaxnets.threats import L2, Threat
@@ -70,6 +71,7 @@ def lbfgs(
     """
     if not isinstance(threat, L2):
         raise ValueError(f"lbfgs supports the threat L2, got {type(threat).__name__}")
+    check_between(0, jnp.inf, initial_const=initial_const)
     return nearest_by_penalty(
         "lbfgs",
         key,

@@ -45,12 +45,14 @@ def awp(objective: Objective, *, gamma: Any = 0.01) -> MinMax:
 
         fixed = jax.lax.stop_gradient(params)
         gradient, _ = jax.grad(at, has_aux=True)(fixed)
-        return at(jax.tree.map(jnp.add, params, jax.tree.map(partial(_away, gamma), fixed, gradient)))
+        away = jax.tree_util.tree_map_with_path(partial(_away, gamma), fixed, gradient)
+        return at(jax.tree.map(jnp.add, params, away))
 
     return replace(game, outer=outer)
 
 
-def _away(gamma: Any, weights: Array, gradient: Array) -> Array:
-    if weights.ndim < 2:
+def _away(gamma: Any, path: Any, weights: Array, gradient: Array) -> Array:
+    # The biases of attention have two dimensions.
+    if weights.ndim < 2 or jax.tree_util.keystr(path[-1:], simple=True) == "bias":
         return jnp.zeros_like(weights)
     return (gamma * length(weights) * unit(gradient)).astype(weights.dtype)

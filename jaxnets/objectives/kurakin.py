@@ -24,7 +24,7 @@ def kurakin(
     *,
     threat: Threat,
     share: float = 0.5,
-    weight: float = 0.3,
+    weight: Any = 0.3,
     spread: float = 0.5,
     loss: Loss = cross_entropy,
 ) -> MinMax:
@@ -77,7 +77,7 @@ def kurakin(
         logits, stats = passed(net, params, stats, mixed, key)
         is_attacked = _is_attacked(len(mixed), share)
         each = loss(logits, batch.y)
-        weights = jnp.asarray(np.where(is_attacked, weight, 1.0), each.dtype)
+        weights = jnp.where(is_attacked, weight, 1.0).astype(each.dtype)
         value = jnp.sum(weights * each) / jnp.sum(weights)
         metrics = metrics_of(value, logits, batch.y)
         if 0 < is_attacked.sum() < len(mixed):

@@ -69,8 +69,10 @@ def virtual_adversarial(
         divergence = jnp.mean(kl(attacked, jax.lax.stop_gradient(logits)))
         labelled = jnp.all(batch.y.reshape(len(batch.y), -1) >= 0, axis=1)
         count = jnp.maximum(jnp.sum(labelled), 1)
-        value = jnp.sum(jnp.where(labelled, loss(logits, batch.y), 0)) / count + weight * divergence
-        right = jnp.mean(is_right(logits, batch.y) & labelled) * len(batch.y) / count
+        # A class that is there, for a loss of one that is not has a gradient of NaN.
+        y = jnp.where(labelled.reshape(-1, *[1] * (batch.y.ndim - 1)), batch.y, 0)
+        value = jnp.sum(jnp.where(labelled, loss(logits, y), 0)) / count + weight * divergence
+        right = jnp.mean(is_right(logits, y) & labelled) * len(y) / count
         return value, (stats, {"loss": value, "accuracy": right, "divergence": divergence})
 
     return MinMax(under(net, sensitive), outer)

@@ -40,6 +40,15 @@ def check_steps(name: str, steps: int) -> None:
         raise ValueError(f"{name} takes at least one step, got steps={steps}")
 
 
+def check_between(low: float, high: float, **values: Any) -> None:
+    """Raises ValueError unless each is one number for all rows, between the two. On devices none is looked at."""
+    for name, value in values.items():
+        if jnp.shape(value):
+            raise ValueError(f"{name} must be one number for all rows, got shape {list(jnp.shape(value))}")
+        if not isinstance(value, jax.Array) and not low < value < high:
+            raise ValueError(f"{name} must be above {low:g} and below {high:g}, got {value}")
+
+
 def check_finite(name: str, threat: Threat) -> None:
     """Raises ValueError for an infinite epsilon: steps and starts are shares of it. On devices none is looked at."""
     if not isinstance(threat.epsilon, jax.Array) and np.isinf(threat.epsilon).any():

@@ -14,6 +14,7 @@ from jaxnets.attacks.parts.calling import as_pytree, row_keys
 from jaxnets.attacks.parts.queries import with_queries
 from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import is_right
+from jaxnets.threats import Threat
 from jaxnets.types import Array, Attack, LogitsFn
 
 _JUDGED = 2**31
@@ -39,6 +40,29 @@ class HostKeys(NamedTuple):
 
     def wrapped(self) -> Array:
         return jax.random.wrap_key_data(jnp.asarray(self.data), impl=self.impl)
+
+
+def as_on_devices(x: np.ndarray) -> np.ndarray:
+    """The rows as devices hold them: casting later would move every coordinate."""
+    return np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
+
+
+def check_data(name: str, x: np.ndarray, threat: Threat) -> None:
+    """Raises ValueError unless rows are in single or double precision, inside the threat's box, and of one epsilon."""
+    if np.ndim(threat.epsilon) != 0:
+        raise ValueError(
+            f"{name} gathers rows into batches of its own: it takes one epsilon for all, got {np.shape(threat.epsilon)}"
+        )
+    if x.dtype not in (np.float32, np.float64):
+        raise ValueError(
+            f"{name} takes rows in single or double precision, got {x.dtype}, in which perturbations are rounded out "
+            "of their ball: it is the network that may compute in less"
+        )
+    if not ((x >= threat.lower) & (x <= threat.upper)).all():
+        raise ValueError(
+            f"{name} takes rows inside the threat's box [{threat.lower}, {threat.upper}], got values from "
+            f"{np.min(x)} to {np.max(x)}: scale the data, or give the threat its lower and upper"
+        )
 
 
 def host_keys(key: Array, rows: int) -> HostKeys:

@@ -23,8 +23,8 @@ def counts_queries(attack: Callable[..., Queried]) -> Callable[..., Array]:
     def without_count(*arguments, **options):
         return attack(*arguments, **options).x
 
-    # Not `__wrapped__`, which `jax.jit` sets too.
-    setattr(without_count, _COUNTING, attack)
+    # Not `__wrapped__`, which `jax.jit` sets too. With the function whose it is: `functools.wraps` copies what is here.
+    setattr(without_count, _COUNTING, (without_count, attack))
     return without_count
 
 
@@ -36,5 +36,5 @@ def with_queries(attack: Attack) -> Callable[..., Queried] | None:
     True
     """
     function, options = (attack.func, attack.keywords) if isinstance(attack, partial) else (attack, {})
-    counting = getattr(function, _COUNTING, None)
-    return None if counting is None else partial(counting, **options)
+    counted, counting = getattr(function, _COUNTING, (None, None))
+    return partial(counting, **options) if counting and counted is function else None
