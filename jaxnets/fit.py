@@ -75,13 +75,15 @@ def fit(
       mesh: devices along an automatic axis ``data``, as of `parallel.data_mesh`; all of them unless given.
 
     Raises:
-      ValueError: where the batch does not divide over the devices or exceeds the rows, for another number of images
-        than of labels, counts below 1, a score without an evaluation or one that is no number, and a patience without
-        a score.
+      ValueError: where the batch does not divide over the devices or exceeds the rows, for a raw key in the state,
+        another number of images than of labels, counts below 1, a score without an evaluation or one that is no number,
+        and a patience without a score.
       CheckpointError: where checkpoints exist and none can be read.
       BusyError: where another process trains in the folder.
       FloatingPointError: where the loss is no longer finite, in a sweep that of no member.
     """
+    if not jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"fit takes a state with keys of jax.random.key, got {state.key.dtype}{list(state.key.shape)}")
     _check_stopping(evaluate, score, patience)
     _check_counts(epochs=epochs, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
     if len(split.images) != len(split.labels):

@@ -71,8 +71,8 @@ def dlr(logits: Array, target: Array) -> Array:
     -0.5
     """
     _check_classes(logits, target, at_least=3, name="dlr")
-    top = jax.lax.top_k(logits, 3)[0]
-    gap = top[..., 0] - top[..., 2]
+    first, _, third = _falling(logits, 3)
+    gap = first - third
     return margin(logits, target) / jnp.where(gap > 0, gap, 1)
 
 
@@ -98,8 +98,8 @@ def dlr_targeted(logits: Array, target: Array, wanted: Array) -> Array:
     """
     _check_classes(logits, target, at_least=4, name="dlr_targeted")
     _check_classes(logits, wanted, at_least=4, name="dlr_targeted")
-    top = jax.lax.top_k(logits, 4)[0]
-    gap = top[..., 0] - (top[..., 2] + top[..., 3]) / 2
+    first, _, third, fourth = _falling(logits, 4)
+    gap = first - (third + fourth) / 2
     return (_pick(logits, wanted) - _pick(logits, target)) / jnp.where(gap > 0, gap, 1)
 
 
@@ -249,6 +249,16 @@ def _pick(values: Array, classes: Array) -> Array:
     # Of a class that is not there NaN: below zero too, where an index would count from the end.
     classes = jnp.where(classes < 0, values.shape[-1], classes)
     return jnp.take_along_axis(values, classes[..., None], axis=-1, mode="fill")[..., 0]
+
+
+def _falling(logits: Array, count: int) -> list[Array]:
+    """The largest logits in falling order; for `jax.lax.top_k` every device would gather the rows of all."""
+    found = []
+    for _ in range(count):
+        best = jnp.argmax(logits, axis=-1)
+        found.append(_pick(logits, best))
+        logits = jnp.where(jnp.arange(logits.shape[-1]) == best[..., None], -jnp.inf, logits)
+    return found
 
 
 def _best_other(logits: Array, classes: Array) -> Array:

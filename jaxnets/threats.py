@@ -226,10 +226,14 @@ class L1:
 
     def direction(self, gradient: Array, x: Array) -> Array:
         gradient = _inward(gradient, x, self)
-        values, where = jax.lax.top_k(jnp.abs(gradient).ravel(), min(self.top, gradient.size))
-        step = jnp.where(values > 0, 1.0, 0.0).astype(gradient.dtype)
-        chosen = jnp.zeros(gradient.size, gradient.dtype).at[where].set(step / jnp.maximum(jnp.sum(step), 1))
-        return jnp.sign(gradient) * chosen.reshape(gradient.shape)
+        steep = jnp.abs(gradient)
+        # Not by `jax.lax.top_k`, for which every device would gather the rows of all.
+        if self.top == 1:
+            chosen = (jnp.arange(steep.size) == jnp.argmax(steep)).reshape(steep.shape)
+        else:
+            chosen = _largest(steep, self.top)
+        step = jnp.where(chosen, jnp.sign(gradient), 0)
+        return step / jnp.maximum(jnp.sum(jnp.abs(step)), 1)
 
     def size(self, delta: Array) -> Array:
         return total(jnp.abs(delta))

@@ -140,6 +140,7 @@ def test_weights_that_are_no_numbers_in_the_end_are_told(capsys, tmp_path):
         cli.main(["train", *options, "--out", str(tmp_path)])
     assert exit_.value.code == 2
     assert "no longer finite after the last step: lower the learning rate" in capsys.readouterr().err
+    assert f"the network of {tmp_path} has diverged" in refusal(capsys, "evaluate", str(tmp_path))
 
 
 def test_a_run_that_never_reached_a_checkpoint_may_be_given_anew(capsys, tmp_path):

@@ -188,6 +188,13 @@ def test_rows_outside_the_box_are_refused(rows, bad):
         evaluate(KEY, model, x, y, {"fgsm": FGSM}, threat=THREAT)
 
 
+@pytest.mark.parametrize("size", [0, -1, -64])
+def test_no_batch_is_of_fewer_rows_than_one(rows, size):
+    """Of a negative number of rows none would be attacked, and none right."""
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1 row, or None, got {size}"):
+        evaluate(KEY, model, *rows, {"fgsm": FGSM}, threat=THREAT, batch_size=size)
+
+
 @pytest.mark.parametrize("ends", [(-np.inf, np.inf), (0, np.inf)])
 def test_a_box_without_an_end_holds_all(rows, ends):
     x, y = rows

@@ -98,6 +98,14 @@ def test_a_folder_is_of_one_process_at_a_time(problem, tmp_path, held_by_another
         run(problem, tmp_path)
 
 
+def test_raw_keys_are_refused(problem, tmp_path):
+    """Which would pass for the keys of a sweep of two."""
+    objective, state, split = problem
+    raw = objective, state._replace(key=jax.random.PRNGKey(0)), split
+    with pytest.raises(ValueError, match=r"keys of jax.random.key, got uint32\[2\]"):
+        run(raw, tmp_path)
+
+
 def test_a_best_of_another_training_is_no_best_of_this(problem, tmp_path):
     """Without checkpoints training begins anew, and with it the search for the best."""
     score = {"evaluate": lambda state: {"clean": 1 / (1 + int(state.step))}, "score": lambda values: values["clean"]}

@@ -53,6 +53,10 @@ def state_of(net, optimizer, shape=(4, 4, 1)):
 
 ATTACKS = {
     "Linf": partial(jn.attacks.pgd, threat=jn.Linf(0.05), steps=3),
+    "L1": partial(jn.attacks.pgd, threat=jn.L1(0.5), steps=3),
+    "L1, several coordinates": partial(jn.attacks.pgd, threat=jn.L1(0.5, top=4), steps=3),
+    "L0": partial(jn.attacks.pgd, threat=jn.L0(3), steps=3),
+    "dlr": partial(jn.attacks.pgd, threat=jn.Linf(0.05), steps=3, loss=jn.losses.dlr),
     "restarts L2": jn.attacks.restarts(partial(jn.attacks.pgd, threat=jn.L2(0.2), steps=2), 2),
     "random start FGSM": partial(jn.attacks.fgsm, threat=jn.Linf(0.05), step_size=0.0625, start=jn.attacks.uniform),
 }
@@ -262,7 +266,7 @@ def collectives(lines):
     return [line for line in lines if any(re.search(rf"\b{name}(-start)?\(", line) for name in COLLECTIVES)]
 
 
-@pytest.mark.parametrize("name", ["Linf", "restarts L2"])
+@pytest.mark.parametrize("name", sorted(ATTACKS.keys() - {"random start FGSM"}))
 def test_devices_do_not_talk_inside_the_attack(name, eight_devices):
     step, state, place = compiled(name, 8)
     text = step.lower(state, place(batch_of())).compile().as_text()
@@ -271,6 +275,24 @@ def test_devices_do_not_talk_inside_the_attack(name, eight_devices):
     assert any("convolution" in line or "dot" in line for line in lines), "the attack is not in a loop"
     assert collectives(lines) == []
     assert collectives(text.splitlines()), "the gradient is summed over devices somewhere"
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        partial(jn.attacks.apgd_targeted, threat=jn.Linf(0.05), steps=5, classes=3),
+        partial(jn.attacks.deepfool, threat=jn.L2(jnp.inf), steps=5),
+    ],
+)
+def test_devices_tell_each_other_nothing_of_their_rows(attack, eight_devices):
+    """But whether some row goes on, where an attack ends with its last row."""
+    mesh, net = parallel.data_mesh(eight_devices), jn.from_linen(jn.models.MLP((6,), classes=5))
+    model = parallel.replicate(net.logits_fn(*net.init(jax.random.key(0), jnp.zeros((1, 7)))), mesh)
+    rows = jax.device_put((jnp.full((16, 7), 0.5), jnp.arange(16) % 5), parallel.by_rows(mesh))
+    text = jax.jit(attack).lower(jax.random.key(0), model, *rows).compile().as_text()
+    lines, loops = in_loops(text)
+    assert loops >= 1
+    assert [line for line in collectives(lines) if "pred[] " not in line] == []
 
 
 def test_the_search_for_collectives_finds_one(eight_devices):

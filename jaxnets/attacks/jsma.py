@@ -123,7 +123,7 @@ def _wanted(logits: Array, target: Array, loss: Loss, targets: int) -> Array:
     if is_targeted(loss):
         return classes[:, None]
     others = jnp.where(jnp.arange(logits.shape[1]) == classes[:, None], -jnp.inf, logits)
-    return jax.lax.top_k(others, min(targets, logits.shape[1] - 1))[1]
+    return jnp.argsort(others, axis=1, descending=True)[:, : min(targets, logits.shape[1] - 1)]
 
 
 def _fewest(best: Nearest, tries: int) -> Nearest:

@@ -5,13 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxnets import attacks, certificates, data, losses, plots
 from jaxnets.commands.evaluate import as_json, pgd_curve
-from jaxnets.commands.run import Run, model_of, write_json
+from jaxnets.commands.run import Run, is_finite, model_of, write_json
 from jaxnets.commands.settings import TRAITS, Settled
 from jaxnets.evaluation import Report
 from jaxnets.evaluation import evaluate as evaluate_attacks
@@ -45,10 +44,6 @@ def look_at_all(command: Settled, runs: Sequence[Run], states: TrainState) -> di
         found.append(look(command, run, state) if is_finite(state) else {})
     names = next((list(values) for values in found if values), [])
     return {name: [values.get(name, 0.0) for values in found] for name in names}
-
-
-def is_finite(state: TrainState) -> bool:
-    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
 
 
 def finish(folder: Path, command: Settled, run: Run, last: TrainState) -> dict[str, Kept]:

@@ -155,7 +155,13 @@ def load(
     state = best[0] if best else Checkpoints(folder / "checkpoints").restore(run.state)
     if state is None:
         raise ValueError(f"{folder} has no checkpoint yet: let its training reach one")
+    if not is_finite(state):
+        raise ValueError(f"the network of {folder} has diverged: its weights are no longer finite")
     return run, model_of(run.net, state)
+
+
+def is_finite(state: TrainState) -> bool:
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
 
 
 def warn_of_unfinished(folder: Path) -> None:

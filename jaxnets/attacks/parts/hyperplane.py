@@ -51,7 +51,13 @@ def linearised(
     each = jax.vmap(boundary_to, in_axes=(None, None, None, 1), out_axes=(None, 0))
     logits, planes = each(logits_fn, x_t, target, others)
     nearest = jnp.argmin(jax.vmap(jax.vmap(partial(distance, threat)))(planes), axis=0)
-    return logits, jax.tree.map(lambda leaf: leaf[nearest, jnp.arange(len(x_t))], planes)
+    return logits, jax.tree.map(partial(_of_each_row, nearest), planes)
+
+
+def _of_each_row(number: Array, leaf: Array) -> Array:
+    """``leaf[number[B], B, ...]``, by a sum: for an index every device would gather the rows of all."""
+    wanted = jnp.arange(len(leaf))[:, None] == number
+    return jnp.sum(jnp.where(wanted.reshape(*wanted.shape, *[1] * (leaf.ndim - 2)), leaf, 0), axis=0)
 
 
 def boundary_to(logits_fn: LogitsFn, x_t: Array, target: Array, other: Array) -> tuple[Array, Hyperplane]:
@@ -66,7 +72,7 @@ def boundary_to(logits_fn: LogitsFn, x_t: Array, target: Array, other: Array) ->
 
 def _lead(logits: Array, pair: Array) -> Array:
     """How far the second class of ``pair[B, 2]`` leads the first."""
-    first, second = jnp.moveaxis(jnp.take_along_axis(logits, pair, axis=1), 1, 0)
+    first, second = (jnp.take_along_axis(logits, one, axis=1)[:, 0] for one in jnp.split(pair, 2, axis=1))
     return second - first
 
 

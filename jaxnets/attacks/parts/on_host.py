@@ -98,7 +98,12 @@ def attack_rows(
       batch_size: rows at once, rounded up to a multiple of the devices; `parallel.rows_at_once` if None.
       mesh: of devices.
       on_rows: told how many rows were done, after each batch.
+
+    Raises:
+      ValueError: for a batch size below 1.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 row, or None, got {batch_size}")
     sharding, counting = parallel.by_rows(mesh), attack and with_queries(attack)
     logits_fn = parallel.replicate(as_pytree(logits_fn), mesh)
     found, correct = np.array(x), np.zeros(len(x), bool)
