@@ -186,7 +186,7 @@ class Smoothed:
 def smoothed(amount: float) -> Loss:
     """`cross_entropy` against ``(1 - amount) p + amount / K``, ``p`` the label or a distribution: label smoothing.
 
-    Equal amounts give equal losses, so a jitted attack is not traced again.
+    Equal amounts give equal losses, so a jitted attack is not traced again; within attacks the amount cannot be traced.
 
     Szegedy et al. 2016, https://arxiv.org/abs/1512.00567.
 

@@ -142,3 +142,11 @@ def test_success_is_any_wrong_class():
 def test_no_steps_are_refused(name):
     with pytest.raises(ValueError, match="at least one step, got steps=0"):
         partial(ATTACKS[name], steps=0)(KEY, model(), *images(), threat=jn.Linf(0.1))
+
+
+def test_adam_crosses_the_box_where_few_coordinates_may_move():
+    """A share of their number would be hardly a step."""
+    x, weights = jnp.full((1, 600), 0.5), np.random.default_rng(0).normal(size=(600, 2))
+    attack = partial(iterated.adam_pgd, threat=jn.L0(2), steps=5, start=jn.attacks.at_clean)
+    x_adv = np.asarray(attack(KEY, lambda x: x @ weights, x, jnp.array([0])))
+    assert sorted(np.unique(np.abs(x_adv - 0.5))) == [0, 0.5]

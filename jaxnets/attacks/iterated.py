@@ -14,7 +14,7 @@ from jaxnets.attacks.parts.rules import by_optax, flat_size, gaussian_kernel, mo
 from jaxnets.attacks.parts.start import Start, at_clean, uniform
 from jaxnets.attacks.parts.stochastic import expected_logits
 from jaxnets.losses import cross_entropy
-from jaxnets.threats import Threat
+from jaxnets.threats import L0, Threat
 from jaxnets.types import Array, LogitsFn, Loss
 
 _ADAM = normalized(by_optax(optax.adam(1.0)))
@@ -249,7 +249,8 @@ def adam_pgd(
 
     Args:
       step_size: Adam's learning rate, how far its first step moves every coordinate, in units of the data. Unless given
-        that which makes a step of this kind ``2.5 epsilon / steps`` long.
+        that which makes a step of this kind ``2.5 epsilon / steps`` long; in L0, where a coordinate may go anywhere,
+        the width of the box.
 
     Kingma and Ba 2015, https://arxiv.org/abs/1412.6980; in attacks Uesato et al. 2018,
     https://arxiv.org/abs/1802.05666.
@@ -261,7 +262,9 @@ def adam_pgd(
     """
     check_rows(x, target)
     check_steps("adam_pgd", steps)
-    if step_size is None:
+    if step_size is None and isinstance(threat, L0):
+        step_size = threat.upper - threat.lower
+    elif step_size is None:
         step_size = 2.5 * threat.epsilon / steps / flat_size(threat, x[0])
     options = {"threat": threat, "steps": steps, "step_size": step_size, "start": start}
     return pgd(key, logits_fn, x, target, loss=loss, rule=_ADAM, **options)
