@@ -1,6 +1,6 @@
 """Kurakin et al.'s batches: which rows, how large an epsilon, and attacks that do not look at the label."""
 
-from functools import partial
+from functools import partial, wraps
 
 import jax
 import jax.numpy as jnp
@@ -92,11 +92,27 @@ def test_on_prediction_is_the_attack_on_the_predicted_class():
     assert jn.attacks.on_prediction(jn.attacks.fgsm).__name__ == "fgsm"
 
 
-def test_on_prediction_is_asked_for_its_queries_by_its_own_way():
+@pytest.mark.parametrize("early", [True, False])
+def test_on_prediction_is_blind_where_queries_are_counted_too(early):
     """Decorators copy what a function carries: the attack under them must not be taken for theirs."""
-    assert with_queries(jn.attacks.on_prediction(jn.attacks.square)) is None
-    blind = jn.attacks.on_prediction(partial(jn.attacks.fgsm, threat=jn.Linf(0.05)))
-    assert with_queries(blind) is None
+    images, wrong = X.reshape(len(X), 1, -1, 1), jnp.argmin(MODEL(X), axis=1)
+    model = Partial(lambda model, x: model(x.reshape(X.shape)), MODEL)
+    options = {"threat": jn.Linf(0.05), "queries": 20}
+    attack = jn.attacks.on_prediction(partial(jn.attacks.square, **options) if early else jn.attacks.square)
+    attack = attack if early else partial(attack, **options)
+    found, queries = with_queries(attack)(KEY, model, images, wrong)
+    expected = jn.attacks.square(KEY, model, images, jnp.argmax(MODEL(X), axis=1), **options)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(attack(KEY, model, images, wrong), expected)
+    assert (queries <= 20).all()
+
+
+def test_other_decorators_of_attacks_that_count_are_called():
+    @wraps(jn.attacks.square)
+    def twice(*arguments, **options):
+        return 2 * jn.attacks.square(*arguments, **options)
+
+    assert with_queries(twice) is None
 
 
 def test_the_weight_may_be_traced():

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxnets.attacks.parts.queries import counts_queries, with_queries
 from jaxnets.attacks.parts.stochastic import expected_logits
 from jaxnets.types import Array, LogitsFn
 
@@ -18,7 +19,8 @@ def on_prediction(attack: Callable[..., Array]) -> Callable[..., Array]:
     forward pass.
 
     Args:
-      attack: untargeted; options that the result is called with are handed on to it.
+      attack: untargeted; options that the result is called with are handed on to it. Its queries are counted as
+        before, the clean row's prediction is none of them.
 
     Kurakin et al. 2017, https://arxiv.org/abs/1611.01236, section 4.1.
 
@@ -29,8 +31,11 @@ def on_prediction(attack: Callable[..., Array]) -> Callable[..., Array]:
     [[0.5 0.4]]
     """
 
-    @wraps(attack)
-    def blind(key: Array, logits_fn: LogitsFn, x: Array, target: Array, **options: Any) -> Array:
-        return attack(key, logits_fn, x, jnp.argmax(expected_logits(logits_fn, x), axis=-1), **options)
+    counting = with_queries(attack)
 
-    return blind
+    @wraps(attack)
+    def blind(key: Array, logits_fn: LogitsFn, x: Array, target: Array, **options: Any) -> Any:
+        predicted = jnp.argmax(expected_logits(logits_fn, x), axis=-1)
+        return (counting or attack)(key, logits_fn, x, predicted, **options)
+
+    return counts_queries(blind) if counting else blind
