@@ -114,7 +114,7 @@ def test_rows_limits_and_models_without_gradients():
     np.testing.assert_array_equal(jax.jit(lambda x: jsma(keys, logits_fn, x, y, threat=L0(3), targets=3))(x), whole)
     np.testing.assert_array_equal(jsma(keys, logits_fn, x, y, threat=L0(0), targets=3), x)
     np.testing.assert_array_equal(jsma(keys, logits_fn, x, (y + 1) % 4, threat=FREE), x)
-    np.testing.assert_array_equal(jsma(keys, logits_fn, x, y, threat=FREE, step_size=0.0), x)
+    np.testing.assert_array_equal(jsma(keys, logits_fn, x, y, threat=FREE, step_size=jnp.zeros(())), x)
     for value in (0.0, jnp.nan):
         blind = Partial(lambda value, x: jnp.full((len(x), 4), value), jnp.asarray(value))
         np.testing.assert_array_equal(jsma(keys, blind, x, jnp.zeros_like(y), threat=FREE), x)
