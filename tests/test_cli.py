@@ -150,22 +150,6 @@ def test_a_run_that_never_reached_a_checkpoint_may_be_given_anew(capsys, tmp_pat
     assert "holds another run (batch_size was 64 and is 128)" in refusal(capsys, *options, "--batch-size", "128")
 
 
-def test_what_is_refused_changes_nothing(capsys, tmp_path, held_by_another):
-    """Neither a folder where another process trains, nor a published network, nor a training without a name."""
-    config, options = tmp_path / "config.json", ["train", *FAST, "--out", str(tmp_path)]
-    with held_by_another(tmp_path):
-        assert "another process trains in" in refusal(capsys, *options)
-    assert not config.exists()
-    published = json.dumps({"format": 1, "config": {"model": "mlp"}})
-    config.write_text(published)
-    assert "is damaged or of something else (KeyError('versions')): choose another --out" in refusal(capsys, *options)
-    assert config.read_text() == published
-    config.unlink()
-    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    assert "holds a training without its config.json" in refusal(capsys, *options)
-    assert not config.exists()
-
-
 def test_stopping_says_whether_the_command_goes_on(capsys, monkeypatch):
     def stop(command):
         raise KeyboardInterrupt
@@ -196,6 +180,23 @@ def test_train_writes_the_run(trained):
     assert report["worst case"]["accuracy"] <= report["pgd-40"]["accuracy"] <= report["clean"]["accuracy"]
     for name in ("curves", "robustness", "gallery"):
         assert imread(trained / f"{name}.png").std() > 0.02
+
+
+def test_what_is_refused_changes_nothing(trained, capsys, tmp_path, held_by_another):
+    """Neither a folder where another process trains, nor an exported network, nor a training without a name."""
+    folder = tmp_path / "folder"
+    config, options = folder / "config.json", ["train", *FAST, "--out", str(folder)]
+    with held_by_another(folder):
+        assert "another process trains in" in refusal(capsys, *options)
+    assert not config.exists()
+    (folder / "checkpoints" / "4").mkdir(parents=True)
+    assert "holds a training without its config.json" in refusal(capsys, *options)
+    assert not config.exists()
+    shutil.rmtree(folder)
+    cli.main(["export", str(trained), str(folder)])
+    published = config.read_bytes()
+    assert "is damaged or of something else (KeyError('objective')): choose another" in refusal(capsys, *options)
+    assert config.read_bytes() == published
 
 
 def test_another_run_in_the_same_folder_is_refused(trained, capsys):

@@ -199,9 +199,9 @@ def claim(folder: Path, command: Settled) -> None:
 def _claimed(saved: Path) -> dict[str, Any]:
     if not saved.exists():
         return {}
-    contents = json.loads(saved.read_text())
-    contents["versions"]  # which no other program's config.json has, nor that of an exported network
-    return contents["config"]
+    config = json.loads(saved.read_text())["config"]
+    config["objective"]  # which no other program's config.json has, nor that of an exported network
+    return config
 
 
 def _as_json(command: Train) -> dict[str, Any]:
