@@ -51,13 +51,9 @@ def linearised(
     each = jax.vmap(boundary_to, in_axes=(None, None, None, 1), out_axes=(None, 0))
     logits, planes = each(logits_fn, x_t, target, others)
     nearest = jnp.argmin(jax.vmap(jax.vmap(partial(distance, threat)))(planes), axis=0)
-    return logits, jax.tree.map(partial(_of_each_row, nearest), planes)
-
-
-def _of_each_row(number: Array, leaf: Array) -> Array:
-    """``leaf[number[B], B, ...]``, by a sum: for an index every device would gather the rows of all."""
-    wanted = jnp.arange(len(leaf))[:, None] == number
-    return jnp.sum(jnp.where(wanted.reshape(*wanted.shape, *[1] * (leaf.ndim - 2)), leaf, 0), axis=0)
+    # Row by row: for one index of classes and rows every device would gather the rows of all.
+    chosen = jax.vmap(lambda of_row, number: jax.tree.map(lambda leaf: leaf[number], of_row), in_axes=(1, 0))
+    return logits, chosen(planes, nearest)
 
 
 def boundary_to(logits_fn: LogitsFn, x_t: Array, target: Array, other: Array) -> tuple[Array, Hyperplane]:
