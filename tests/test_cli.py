@@ -86,6 +86,8 @@ def test_help_shows_every_choice(capsys):
     (["--objective", "trades", "--start", "at_clean"], "there the divergence of trades has no gradient"),
     (["--objective", "free", "--awp", "0.01"], "--awp takes the weights of one pass"),
     (["--awp", "-1"], "--awp must be a number from 0 on"),
+    (["--steps", "9" * 20], "--steps must be at most 2.14748e+09, got 1e+20"),
+    (["--epsilon", "1e39"], "--epsilon must be at most 3.4e+38, got 1e+39"),
     (["--objective", "mart", "--label-smoothing", "0.1"], "no probabilities: leave out --label-smoothing"),
     (["--objective", "crown_ibp", "--augment", "crop", "cutmix"], "leave out --augment cutmix"),
     (["--objective", "auxiliary"], "heads of googlenet and googlenet_bn: small_cnn has none"),

@@ -129,11 +129,14 @@ def members(command: Settled) -> dict[str, Settled]:
 
 
 def check_at_least(command: Any, **least: float) -> None:
-    """Raises ValueError unless each of these is a number from its bound on."""
+    """Raises ValueError unless each of these is a number from its bound on, of 32 bits as on devices."""
     for name, bound in least.items():
         value = getattr(command, name)
         if not bound <= value < float("inf"):
             raise ValueError(f"--{_dashed(name)} must be a number from {bound} on, got {value}")
+        largest = 2**31 - 1 if isinstance(value, int) else 3.4e38
+        if value > largest:
+            raise ValueError(f"--{_dashed(name)} must be at most {largest:g}, got {value:g}")
 
 
 def check_seed(seed: int) -> None:
