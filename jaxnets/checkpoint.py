@@ -96,7 +96,7 @@ class Checkpoints:
             self._manager.reload()
 
     def _check_kind(self, step: int, like: Any) -> None:
-        """Whether the state has the arrays of ``like``, which Orbax asks of their names alone."""
+        """Raises CheckpointError unless the state has the arrays of ``like``, of which Orbax checks the names alone."""
         metadata: Any = self._manager.item_metadata(step)["state"]
         saved = {leaf.name: _described(leaf) for leaf in jax.tree.leaves(metadata.tree)}
         dotted = partial(jax.tree_util.keystr, simple=True, separator=".")

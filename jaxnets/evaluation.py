@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 from jaxnets import parallel
 from jaxnets.attacks.cascade import Cascade, Cascaded
 from jaxnets.attacks.parts.calling import as_pytree
-from jaxnets.attacks.parts.on_host import Attacked, as_on_devices, attack_rows, check_data, host_keys
+from jaxnets.attacks.parts.on_host import Attacked, attack_rows, checked_data, host_keys
 from jaxnets.certificates.on_host import certify_rows
 from jaxnets.certificates.rows import Certificate
 from jaxnets.losses import is_right
@@ -132,8 +132,12 @@ def evaluate(
       ValueError: without rows, where ``x`` and ``y`` do not fit, ``x`` is not finite and inside the box, or a class is
         not among the K.
     """
-    x, y = as_on_devices(x), np.asarray(y)
-    _check_data(logits_fn, x, y, threat)
+    if len(x) != len(y) or not len(x):
+        raise ValueError(
+            f"evaluate needs as many classes as rows, and at least one: got {len(x)} rows, {len(y)} classes"
+        )
+    x, y = checked_data("evaluate", x, threat), np.asarray(y)
+    _check_classes(logits_fn, x, y)
     mesh = parallel.mesh_or_all(mesh)
     keys = host_keys(key, len(x))
     on_rows = partial(attack_rows, logits_fn=as_pytree(logits_fn), batch_size=batch_size, mesh=mesh)
@@ -162,13 +166,15 @@ def evaluate(
     return report
 
 
-def _check_data(logits_fn: LogitsFn, x: np.ndarray, y: np.ndarray, threat: Threat) -> None:
-    if len(x) != len(y) or not len(x):
-        raise ValueError(
-            f"evaluate needs as many classes as rows, and at least one: got {len(x)} rows, {len(y)} classes"
-        )
-    check_data("evaluate", x, threat)
-    classes = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)).shape[-1]
+@jax.jit
+def _logits(logits_fn: LogitsFn, x: Array) -> Array:
+    return logits_fn(x)
+
+
+def _check_classes(logits_fn: LogitsFn, x: np.ndarray, y: np.ndarray) -> None:
+    # By a jitted function, whose shapes are kept: training evaluates the same network again and again.
+    row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    classes = _logits.eval_shape(as_pytree(logits_fn), row).shape[-1]
     if not (np.issubdtype(y.dtype, np.integer) and np.min(y) >= 0 and np.max(y) < classes):
         raise ValueError(
             f"evaluate takes integer classes from 0 to {classes - 1}, one for each logit, got {y.dtype} from "

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from jaxnets import parallel
 from jaxnets.checkpoint import Checkpoints, alone_in
 from jaxnets.data import Split, epoch_order, steps_per_epoch, to_float
+from jaxnets.data.sources import check_pairs
 from jaxnets.training import Step, TrainState
 from jaxnets.types import Array, Batch
 
@@ -86,8 +87,7 @@ def fit(
         raise ValueError(f"fit takes a state with keys of jax.random.key, got {state.key.dtype}{list(state.key.shape)}")
     _check_stopping(evaluate, score, patience)
     _check_counts(epochs=epochs, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
-    if len(split.images) != len(split.labels):
-        raise ValueError(f"a split pairs images with labels, got {len(split.images)} and {len(split.labels)}")
+    check_pairs(split)
     folder = Path(folder)
     mesh = parallel.mesh_or_all(mesh)
     parallel.check_divisible(batch_size, mesh)

@@ -11,7 +11,7 @@ import optax
 from jax.tree_util import Partial
 
 from jaxnets.attacks.gradient import fgsm
-from jaxnets.attacks.parts.on_host import as_on_devices, check_data
+from jaxnets.attacks.parts.on_host import checked_data
 from jaxnets.classifier import Classifier
 from jaxnets.data import batch_indices, padded_batches, steps_per_epoch
 from jaxnets.losses import cross_entropy, targeted
@@ -93,8 +93,7 @@ def substitute(
             f"{len(x)}, the rows given: got {rounds}, {epochs}, {at_most} and {batch_size}"
         )
     init_key, train_key, draw_key = jax.random.split(key, 3)
-    x = as_on_devices(np.asarray(x))
-    check_data("substitute", x, Linf(step_size, lower, upper))
+    x = checked_data("substitute", x, Linf(step_size, lower, upper))
     labels = _asked(oracle, x)
     state = init_state(train_key, *net.init(init_key, jnp.asarray(x[:batch_size])), optimizer)
     step = jax.jit(make_step(standard(net), optimizer), donate_argnums=0)

@@ -133,7 +133,7 @@ def make_free_step(
             state = _updated(optimizer, state, value, gradient, lambda params: evaluate(params, x_adv)[0])
             return (state._replace(stats=stats), each_row(ascend, threat, lengths, by_input, x_adv, batch.x)), metrics
 
-        x_adv = each_row(lambda threat, z, x: threat.project(z, x), threat, batch.x + state.perturbation, batch.x)
+        x_adv = each_row(type(threat).project, threat, batch.x + state.perturbation, batch.x)
         (state, x_adv), metrics = jax.lax.scan(replay, (state, x_adv), jnp.arange(replays))
         state = state._replace(step=state.step + 1, perturbation=x_adv - batch.x)
         return state, jax.tree.map(lambda values: jnp.mean(values, axis=0), metrics)

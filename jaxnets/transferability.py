@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxnets import parallel
-from jaxnets.attacks.parts.on_host import as_on_devices, attack_rows, check_data, host_keys
+from jaxnets.attacks.parts.on_host import attack_rows, checked_data, host_keys
 from jaxnets.evaluation import table
 from jaxnets.threats import Threat
 from jaxnets.types import Array, Attack, LogitsFn
@@ -90,8 +90,7 @@ def transferability(
     for what, given in (("surrogate", surrogates), ("target", targets), ("attack", attacks)):
         if not given:
             raise ValueError(f"transferability needs at least one {what} by name, got none")
-    x = as_on_devices(x)
-    check_data("transferability", x, threat)
+    x = checked_data("transferability", x, threat)
     mesh = parallel.mesh_or_all(mesh)
     keys = host_keys(key, len(x))
 

@@ -119,7 +119,7 @@ def test_rows_held_out_are_not_trained_on():
     for rows in (0, 50):
         with pytest.raises(ValueError, match=f"of 50 rows from 1 to 49 can be held out, got {rows}"):
             data.hold_out(split, rows, key=jax.random.key(1))
-    with pytest.raises(ValueError, match="got 50 images and 49 labels"):
+    with pytest.raises(ValueError, match="a split pairs images with labels, got 50 and 49"):
         data.hold_out(split._replace(labels=split.labels[:49]), 20, key=jax.random.key(1))
 
 

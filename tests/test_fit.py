@@ -92,7 +92,8 @@ def test_stopped_and_continued_equals_never_stopped(problem, tmp_path):
 
 
 def test_a_folder_is_of_one_process_at_a_time(problem, tmp_path, held_by_another):
-    with held_by_another(tmp_path), pytest.raises(BusyError, match=r"another process trains in .*: wait"):
+    says = r"another process trains in .*: wait for it, or choose"
+    with held_by_another(tmp_path), pytest.raises(BusyError, match=says):
         run(problem, tmp_path)
     with alone_in(tmp_path):  # this process itself may hold it, as the command does
         run(problem, tmp_path)

@@ -15,6 +15,7 @@ def test_batches_that_do_not_divide_raise(eight_devices):
 
 
 def test_all_devices_unless_others_are_given(eight_devices):
+    assert parallel.data_mesh().size == 8
     assert parallel.mesh_or_all(None) == parallel.data_mesh() == parallel.data_mesh(eight_devices)
     some = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
     assert parallel.mesh_or_all(some) is some

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import lru_cache, partial
 
 import jax
-import numpy as np
 from jax.core import Tracer
 
 from jaxnets.attacks.apgd import apgd, apgd_targeted
@@ -15,7 +14,7 @@ from jaxnets.attacks.checks import DRAWS, ModelWarning, black_box_wins, check_mo
 from jaxnets.attacks.combinators import restarts, worst_of
 from jaxnets.attacks.fab import fab, fab_targeted, halfway
 from jaxnets.attacks.parts.calling import check_rows, row_keys
-from jaxnets.attacks.parts.on_host import check_data
+from jaxnets.attacks.parts.on_host import checked_data
 from jaxnets.attacks.parts.stochastic import Stochastic
 from jaxnets.attacks.square import square
 from jaxnets.losses import dlr, margin
@@ -100,7 +99,7 @@ def autoattack(
     if isinstance(x, Tracer):
         raise ValueError("autoattack gathers surviving rows on the host: call it outside jit, or use worst_of")
     check_rows(x, target)
-    check_data("autoattack", np.asarray(x), threat)
+    checked_data("autoattack", x, threat)
     if version in (standard, plus) and x.ndim not in (3, 4):
         raise ValueError(f"autoattack takes images [B, H, W, C] or [B, H, W], for Square, got shape {list(x.shape)}")
     classes = jax.eval_shape(logits_fn, x).shape[-1]

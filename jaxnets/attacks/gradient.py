@@ -154,7 +154,7 @@ def _step(threat: Threat, lengths: Array, x: Array, x_t: Array, gradient: Array,
 
     of_rows = replace(threat, epsilon=a_row(threat.epsilon, x))  # pyright: ignore
     z, state = jax.vmap(one)(of_rows, state, lengths, x_t, gradient)
-    return each_row(lambda threat, z, x: threat.project(z, x), threat, z, x), state
+    return each_row(type(threat).project, threat, z, x), state
 
 
 def _in_box(threat: Threat, x: Array) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.attacks.parts.calling import as_pytree, check_rows, checked_logits, row_keys
+from jaxnets.attacks.parts.classes import likeliest_others
 from jaxnets.attacks.parts.minimum_norm import box_width
 from jaxnets.attacks.parts.ranking import Nearest, nearer, nothing_found, within
 from jaxnets.attacks.parts.stochastic import redrawn
@@ -122,8 +123,7 @@ def _wanted(logits: Array, target: Array, loss: Loss, targets: int) -> Array:
     classes = target if target.ndim == 1 else jnp.argmax(target, axis=1)
     if is_targeted(loss):
         return classes[:, None]
-    others = jnp.where(jnp.arange(logits.shape[1]) == classes[:, None], -jnp.inf, logits)
-    return jnp.argsort(others, axis=1, descending=True)[:, : min(targets, logits.shape[1] - 1)]
+    return likeliest_others(logits, classes, targets)
 
 
 def _fewest(best: Nearest, tries: int) -> Nearest:

@@ -40,6 +40,12 @@ class Dataset(NamedTuple):
     test: Split
 
 
+def check_pairs(split: Split) -> None:
+    """Raises ValueError unless there are as many labels as images."""
+    if len(split.images) != len(split.labels):
+        raise ValueError(f"a split pairs images with labels, got {len(split.images)} and {len(split.labels)}")
+
+
 def hold_out(split: Split, rows: int, *, key: jax.Array) -> tuple[Split, Split]:
     """``rows`` rows drawn without replacement, and what is left: ``(rest, held_out)``, both in the split's order.
 
@@ -50,9 +56,8 @@ def hold_out(split: Split, rows: int, *, key: jax.Array) -> tuple[Split, Split]:
     >>> sorted([*rest.labels.tolist(), *held_out.labels.tolist()])
     [0, 1, 2, 3, 4]
     """
+    check_pairs(split)
     count = len(split.labels)
-    if len(split.images) != count:
-        raise ValueError(f"a split has a label for each image, got {len(split.images)} images and {count} labels")
     if not 1 <= rows < count:
         raise ValueError(f"of {count} rows from 1 to {count - 1} can be held out, got {rows}")
     is_held = np.zeros(count, bool)

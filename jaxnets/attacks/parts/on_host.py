@@ -42,13 +42,13 @@ class HostKeys(NamedTuple):
         return jax.random.wrap_key_data(jnp.asarray(self.data), impl=self.impl)
 
 
-def as_on_devices(x: np.ndarray) -> np.ndarray:
-    """The rows as devices hold them: casting later would move every coordinate."""
-    return np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
+def checked_data(name: str, x: Any, threat: Threat) -> np.ndarray:
+    """The rows ``[N, ...]`` in the type that devices hold them in: casting later would move every coordinate.
 
-
-def check_data(name: str, x: np.ndarray, threat: Threat) -> None:
-    """Raises ValueError unless rows are in single or double precision, inside the threat's box, and of one epsilon."""
+    Raises:
+      ValueError: unless they are in single or double precision, inside the threat's box, and of one epsilon.
+    """
+    x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
     if np.ndim(threat.epsilon) != 0:
         raise ValueError(
             f"{name} gathers rows into batches of its own: it takes one epsilon for all, got {np.shape(threat.epsilon)}"
@@ -63,6 +63,7 @@ def check_data(name: str, x: np.ndarray, threat: Threat) -> None:
             f"{name} takes rows inside the threat's box [{threat.lower}, {threat.upper}], got values from "
             f"{np.min(x)} to {np.max(x)}: scale the data, or give the threat its lower and upper"
         )
+    return x
 
 
 def host_keys(key: Array, rows: int) -> HostKeys:
