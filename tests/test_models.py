@@ -1,6 +1,7 @@
 """Layers against JAX's and Flax's own, with all their derivatives; the models' sizes, and their gradients."""
 
 import inspect
+import re
 from functools import cache, partial
 
 import flax.linen as nn
@@ -22,6 +23,7 @@ CONVOLUTIONS = {
     "same": {"window_strides": (1, 1), "padding": "SAME"},
     "four pixels": {"window_strides": (1, 1), "padding": [(1, 0), (2, 1)]},
     "stride": {"window_strides": (2, 2), "padding": [(1, 1), (1, 1)]},
+    "edges wider than the kernel": {"window_strides": (2, 3), "padding": [(5, 4), (4, 1)]},
     "uneven": {"window_strides": (2, 1), "padding": [(0, 2), (1, 0)]},
     "stride same": {"window_strides": (3, 2), "padding": "SAME"},
     "dilated": {"window_strides": (1, 2), "padding": "SAME", "rhs_dilation": (2, 1)},
@@ -42,9 +44,11 @@ def ours(name):
     return partial(layers.conv_general_dilated, **CONVOLUTIONS[name])
 
 
+lax_convolution = partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
 def theirs(name):
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return lambda x, k: lax.conv_general_dilated(x, k, **CONVOLUTIONS[name], dimension_numbers=numbers)
+    return partial(lax_convolution, **CONVOLUTIONS[name])
 
 
 @pytest.fixture(params=["xla", "onednn"])
@@ -159,6 +163,25 @@ def test_gradients_in_loops_are_in_the_form_that_cpus_are_fast_in(argnum, librar
     assert "01oi" not in compiled_loop(ours("same"), argnum)
     assert labels(compiled_loop(ours("same"), argnum)) == FAST
     assert not labels(compiled_loop(theirs("same"), argnum)) <= FAST, "XLA no longer needs help"
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="others convolve with strides themselves")
+@pytest.mark.parametrize(("window", "edge", "computed"), [(3, 1, "8x8x8x64"), (1, 0, "8x8x8x16")])
+def test_gradients_through_a_stride_compute_nothing_but_pixels(window, edge, computed):
+    """Blocks of 2x2 pixels as channels, none of them beyond the image; the pixels alone that a 1x1 kernel is at."""
+    random = np.random.default_rng(0)
+    x, k, cotangent = (
+        jnp.asarray(random.normal(size=size), jnp.float32)
+        for size in ((8, 16, 16, 16), (window, window, 16, 32), (8, 8, 8, 32))
+    )
+    settings_ = {"window_strides": (2, 2), "padding": [(edge, edge)] * 2}
+
+    def pull(convolve):
+        return jax.jit(lambda c: jax.vjp(lambda x: convolve(x, k, **settings_), x)[1](c)[0])
+
+    ours_, theirs_ = map(pull, (layers.conv_general_dilated, lax_convolution))
+    np.testing.assert_allclose(ours_(cotangent), theirs_(cotangent), rtol=1e-4, atol=1e-4)
+    assert re.findall(r"stablehlo.convolution.*-> tensor<(\S+)xf32>", ours_.lower(cotangent).as_text()) == [computed]
 
 
 def pulled(name, x):

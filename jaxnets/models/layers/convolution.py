@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -96,9 +96,13 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
             return by_columns(lhs_dot, rhs)
         moved, edges = strides, padding
         if dense and strides != (1, 1):
-            # The transpose of a stride is a convolution of an array that is mostly zeros. Blocks have none.
-            lhs_dot, rhs = _blocks_as_channels(lhs_dot, rhs, strides, padding)
-            moved, edges = (1, 1), _NO_PADDING
+            # The transpose of a stride is a convolution of an array that is mostly zeros. Blocks have none, nor has
+            # every other pixel, all that a 1x1 kernel sees.
+            if rhs.shape[:2] == (1, 1) and padding == _NO_PADDING:
+                lhs_dot = lhs_dot[:, :: strides[0], :: strides[1]]
+            else:
+                lhs_dot, rhs, edges = _blocks_as_channels(lhs_dot, rhs, strides, padding)
+            moved = 1, 1
         # The transpose swaps the kernel's I and O, from HWOI to HWIO, and reverses it: here already, for a loop's
         # convolution would do so in every round.
         kernel = lax.rev(rhs.transpose(0, 1, 3, 2), (0, 1))
@@ -115,7 +119,8 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
         # Its transpose convolves the input with the output's cotangent, batch and features swapped: from here to
         # NHWC, HWIO -> NHWC.
         if few(lhs) and strides != (1, 1):
-            return convolved(*_blocks_as_channels(lhs, rhs_dot, strides, padding), (1, 1), _NO_PADDING, swap=True)
+            lhs, rhs_dot, edges = _blocks_as_channels(lhs, rhs_dot, strides, padding)
+            return convolved(lhs, rhs_dot, (1, 1), edges, swap=True)
         if cpu.by_onednn(lhs.dtype) and not few(lhs) and rhs_dot.shape[:2] != (1, 1):
             return _channels_as_pixels(lhs, rhs_dot, strides, padding, **settings)
         return convolved(lhs, rhs_dot, strides, padding, swap=True)
@@ -179,7 +184,8 @@ def _beside(rhs: Array, pixels: int) -> Array:
 
 def _by_columns(lhs: Array, rhs: Array, *, strides: tuple[int, int], padding: Any, precision: Any) -> Array:
     """The convolution as a product of matrices, with a row for each window: for few channels, the fastest on a CPU."""
-    blocks, kernel = _blocks_as_channels(lhs, rhs, strides, padding)
+    blocks, kernel, edges = _blocks_as_channels(lhs, rhs, strides, padding)
+    blocks = jnp.pad(blocks, [(0, 0), *edges, (0, 0)])
     down, right, _, features = kernel.shape
     height, width = blocks.shape[1] - down + 1, blocks.shape[2] - right + 1
     taps = [blocks[:, i : i + height, j : j + width] for i in range(down) for j in range(right)]
@@ -200,39 +206,77 @@ def pulled_back(
     Returns:
       ``[B, H, W, C]``.
     """
-    strides = tuple(window_strides)
     rows = jax.ShapeDtypeStruct((len(cotangent), *image), cotangent.dtype)
-    kernel = _blocks_of_kernel(rhs, strides)
+    axes = _axes_in_blocks(image, rhs.shape, window_strides, padding)
+    kernel = _blocks_of_kernel(rhs, axes)
     # By itself: where a convolution pads, XLA may swap its operands for the gradient, and falls to a naive loop.
-    cotangent = jnp.pad(cotangent, [(0, 0), *((size - 1, size - 1) for size in kernel.shape[:2]), (0, 0)])
+    edges = [(axis.taps - 1 - axis.edges[0], axis.taps - 1 - axis.edges[1], 0) for axis in axes]
+    cotangent = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     kernel = kernel[::-1, ::-1].swapaxes(2, 3)
     blocks = conv_general_dilated(cotangent, kernel, (1, 1), "VALID", precision=precision)
-    [lhs] = jax.linear_transpose(lambda lhs: _blocks_of_input(lhs, rhs.shape[:2], strides, padding), rows)(blocks)
+    [lhs] = jax.linear_transpose(partial(_blocks_of_input, axes=axes), rows)(blocks)
     return lhs
 
 
-def _blocks_as_channels(lhs: Array, rhs: Array, strides: tuple[int, int], padding: Any) -> tuple[Array, Array]:
-    """Input and kernel of the same convolution with stride 1 and without padding, on blocks of pixels as channels."""
-    return _blocks_of_input(lhs, rhs.shape[:2], strides, padding), _blocks_of_kernel(rhs, strides)
+class _Axis(NamedTuple):
+    """How one axis of a strided convolution is cut into blocks, as many pixels as a stride.
+
+    Attributes:
+      stride: pixels a block.
+      before: zeros before the first pixel, within its block.
+      blocks: of the image.
+      lead: zeros before the kernel's first tap, within its block.
+      taps: blocks of the kernel.
+      edges: blocks of nothing but padding, before and after.
+    """
+
+    stride: int
+    before: int
+    blocks: int
+    lead: int
+    taps: int
+    edges: tuple[int, int]
 
 
-def _blocks_of_input(lhs: Array, window: tuple[int, ...], strides: tuple[int, int], padding: Any) -> Array:
-    places = [(lhs.shape[n + 1] + sum(padding[n]) - window[n]) // strides[n] + 1 for n in (0, 1)]
-    blocks = [places[n] - 1 - (-window[n] // strides[n]) for n in (0, 1)]
-    after = [strides[n] * blocks[n] - lhs.shape[n + 1] - padding[n][0] for n in (0, 1)]
-    edges = [(0, 0, 0), *((padding[n][0], after[n], 0) for n in (0, 1)), (0, 0, 0)]
+def _in_blocks(image: int, window: int, stride: int, padding: tuple[int, int]) -> _Axis:
+    taps = -(-window // stride)
+    # The kernel may begin within a block, so that the image does not; not if that takes another block.
+    lead = -padding[0] % stride
+    lead = lead if window + lead <= taps * stride else 0
+    needed = (image + sum(padding) - window) // stride + taps
+    first = min((padding[0] + lead) // stride, needed - 1)
+    before = padding[0] + lead - first * stride
+    blocks = min(needed - first, -(-(before + image) // stride))
+    return _Axis(stride, before, blocks, lead, taps, (first, needed - first - blocks))
+
+
+def _axes_in_blocks(image: Any, window: Any, strides: Any, padding: Any) -> tuple[_Axis, _Axis]:
+    down, right = zip(image[:2], window[:2], strides, padding, strict=True)
+    return _in_blocks(*down), _in_blocks(*right)
+
+
+def _blocks_as_channels(lhs: Array, rhs: Array, strides: tuple[int, int], padding: Any) -> tuple[Array, Array, Any]:
+    """Input, kernel and padding of the same convolution with stride 1, on blocks of pixels as channels."""
+    axes = _axes_in_blocks(lhs.shape[1:], rhs.shape, strides, padding)
+    return _blocks_of_input(lhs, axes), _blocks_of_kernel(rhs, axes), tuple(axis.edges for axis in axes)
+
+
+def _blocks_of_input(lhs: Array, axes: tuple[_Axis, _Axis]) -> Array:
+    after = [axis.stride * axis.blocks - axis.before - lhs.shape[n] for n, axis in enumerate(axes, start=1)]
+    edges = [(0, 0, 0), *((axis.before, rest, 0) for axis, rest in zip(axes, after, strict=True)), (0, 0, 0)]
     lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), edges)
-    (down, right), channels = strides, lhs.shape[3]
-    lhs = lhs.reshape(-1, blocks[0], down, blocks[1], right * channels).transpose(0, 1, 3, 2, 4)
-    return lhs.reshape(-1, *blocks, down * right * channels)
+    down, right = axes
+    lhs = lhs.reshape(-1, down.blocks, down.stride, right.blocks, right.stride * lhs.shape[3]).swapaxes(2, 3)
+    return lhs.reshape(*lhs.shape[:3], -1)
 
 
-def _blocks_of_kernel(rhs: Array, strides: tuple[int, int]) -> Array:
-    (down, right), channels = strides, rhs.shape[2]
-    taps = [-(-rhs.shape[n] // strides[n]) for n in (0, 1)]
-    rhs = jnp.pad(rhs, [(0, strides[n] * taps[n] - rhs.shape[n]) for n in (0, 1)] + [(0, 0), (0, 0)])
-    rhs = rhs.reshape(taps[0], down, taps[1], right * channels, -1).transpose(0, 2, 1, 3, 4)
-    return rhs.reshape(*taps, down * right * channels, -1)
+def _blocks_of_kernel(rhs: Array, axes: tuple[_Axis, _Axis]) -> Array:
+    after = [axis.stride * axis.taps - axis.lead - rhs.shape[n] for n, axis in enumerate(axes)]
+    edges = [(axis.lead, rest) for axis, rest in zip(axes, after, strict=True)]
+    rhs = jnp.pad(rhs, [*edges, (0, 0), (0, 0)])
+    down, right = axes
+    rhs = rhs.reshape(down.taps, down.stride, right.taps, right.stride * rhs.shape[2], -1).swapaxes(1, 2)
+    return rhs.reshape(down.taps, right.taps, -1, rhs.shape[4])
 
 
 Conv = partial(nn.Conv, conv_general_dilated=conv_general_dilated)
