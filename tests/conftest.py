@@ -3,6 +3,7 @@
 # ruff: noqa: E402
 
 import contextlib
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import sys
 from jaxnets import cpu
 
 # Most of a test's time goes into compiling: leave out the optimisation of machine code, and emit it in the plainer of
-# XLA's two ways. Its own passes over programs stay.
-_QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# XLA's two ways, of which later versions have one. Its own passes over programs stay.
+_QUICK = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _QUICK += " --xla_cpu_use_fusion_emitters=false"
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 

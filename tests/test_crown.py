@@ -144,13 +144,13 @@ def test_planes_hold_and_touch(ends, sign):
     assert room.min() <= 1e-5
 
 
-def test_the_relu_of_our_networks_is_known_as_a_maximum():
+def test_the_relu_of_our_networks_is_known_as_a_maximum(x64):
     weights, lower, upper, y = problem(width=0.5)
     found, expected = (
         crown_margins(lambda x, relu=relu: mlp(weights, x, relu), lower, upper, y)
         for relu in (jn.models.layers.relu, jax.nn.relu)
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_max_pooling_is_kept_as_planes():
