@@ -115,32 +115,33 @@ def masked_gradients(
     if black_box is None:
         black_box = {"square": partial(square, threat=threat, queries=500)}
     logits_fn = as_pytree(logits_fn)
-    gradient, logits = jax.jit(partial(input_gradient, loss=cross_entropy))(logits_fn, x=jnp.asarray(x), target=y)
     report = evaluate(key, logits_fn, x, y, {"pgd": _many_steps(threat, steps), **black_box}, threat=threat)
     # On all rows, where `evaluate` attacks the right ones.
-    one_step = attack_rows(
-        partial(fgsm, threat=threat),
-        host_keys(key, len(x)),
-        logits_fn,
-        x,
-        y,
-        batch_size=None,
-        mesh=parallel.data_mesh(),
+    keys, mesh = host_keys(key, len(x)), parallel.data_mesh()
+    gradient, one_step = (
+        attack_rows(one, keys, logits_fn, x, y, batch_size=None, mesh=mesh)
+        for one in (_gradient_alone, partial(fgsm, threat=threat))
     )
     verify("fgsm", one_step.x, x, threat)
     everywhere = _whole_box(threat, x)
     free = evaluate(key, logits_fn, x, y, {"pgd": _many_steps(everywhere, steps)}, threat=everywhere)
     survived = report.survived
     return MaskedGradients(
-        zero_gradients=float((np.asarray(gradient) == 0).reshape(len(x), -1).all(axis=1).mean()),
+        zero_gradients=float((gradient.x == 0).reshape(len(x), -1).all(axis=1).mean()),
         clean=float(survived["clean"].mean()),
         leaking=float(one_step.correct.mean()),
         one_step=float((survived["clean"] & one_step.correct).mean()),
         many_steps=float(survived["pgd"].mean()),
         black_box={name: float((survived["pgd"] & ~survived[name]).mean()) for name in black_box},
         unbounded=float(free.survived["pgd"].mean()),
-        chance=1 / logits.shape[-1],
+        chance=1 / jax.eval_shape(logits_fn, x[:1]).shape[-1],
     )
+
+
+@jax.jit
+def _gradient_alone(key: Array, logits_fn: LogitsFn, x: Array, y: Array) -> Array:
+    """Stands where an attack does, for a gradient at each row, as many rows at once as memory holds."""
+    return input_gradient(logits_fn, cross_entropy, x, y)[0]
 
 
 def _many_steps(threat: Threat, steps: int) -> Attack:

@@ -90,6 +90,19 @@ def test_an_attack_that_tells_the_class_shows():
     assert any("label leaking" in sign for sign in found.signs())
 
 
+def test_no_more_rows_at_once_than_an_attack_takes():
+    """For what a network computes of all rows of a data set no memory is large enough."""
+    seen, one = set(), linear()
+
+    def watched(x):
+        seen.add(len(x))
+        return one(x)
+
+    x, y = np.asarray(images(200)), np.zeros(200, int)
+    masked_gradients(KEY, watched, x, y, threat=jn.Linf(0.05), steps=1, black_box={})
+    assert max(seen) == jn.parallel.rows_at_once() < 200
+
+
 def test_the_whole_box_of_a_threat():
     x = np.zeros((2, 3, 1), np.float32)
     mask = np.array([[True], [False], [True]])
