@@ -121,8 +121,8 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
         if few(lhs) and strides != (1, 1):
             lhs, rhs_dot, edges = _blocks_as_channels(lhs, rhs_dot, strides, padding)
             return convolved(lhs, rhs_dot, (1, 1), edges, swap=True)
-        if cpu.by_onednn(lhs.dtype) and not few(lhs) and rhs_dot.shape[:2] != (1, 1):
-            return _channels_as_pixels(lhs, rhs_dot, strides, padding, **settings)
+        if dense and cpu.by_onednn(lhs.dtype) and not few(lhs) and rhs_dot.shape[:2] != (1, 1):
+            return _channels_as_pixels(lhs, rhs_dot, strides, padding, precision=precision)
         return convolved(lhs, rhs_dot, strides, padding, swap=True)
 
     def convolve(lhs, rhs):
@@ -151,19 +151,19 @@ def _convolved(
     return out.reshape(*out.shape[:2], pixels * out.shape[2], -1)
 
 
-def _channels_as_pixels(
-    lhs: Array, rhs: Array, strides: tuple[int, int], padding: Any, *, rhs_dilation: tuple[int, int], precision: Any
-) -> Array:
-    """The convolution in three dimensions, the last of them the input's channels, which the kernel covers at once.
+def _channels_as_pixels(lhs: Array, rhs: Array, strides: tuple[int, int], padding: Any, *, precision: Any) -> Array:
+    """The convolution of one image, whose channels are the rows: its pixels are those of a row, channel by channel.
 
     For the kernel's gradient, which is long products for each pair of channels: those of the input become the pixels,
     which the multiplication of matrices in oneDNN needs many of, where the kernel alone has nine.
     """
-    out = lax.conv_general_dilated(
-        lhs.transpose(1, 2, 3, 0)[None], rhs[None], (*strides, 1), (*padding, (0, 0)), rhs_dilation=(*rhs_dilation, 1),
-        dimension_numbers=("CDHWN", "IDHWO", "NDHWC"), precision=precision,
+    rows, height, _, channels = lhs.shape
+    above_below, (left, right) = padding
+    return lax.conv_general_dilated(
+        lhs.transpose(1, 2, 3, 0).reshape(1, height, -1, rows), rhs.reshape(1, len(rhs), -1, rhs.shape[3]),
+        (strides[0], strides[1] * channels), (above_below, (left * channels, right * channels)),
+        dimension_numbers=("CHWN", "IHWO", "NHWC"), precision=precision,
     )  # fmt: skip
-    return out[:, :, :, 0]
 
 
 def _pixels(width: int, rhs: Array) -> int:
