@@ -140,7 +140,7 @@ def masked_gradients(
 
 @jax.jit
 def _gradient_alone(key: Array, logits_fn: LogitsFn, x: Array, y: Array) -> Array:
-    """Stands where an attack does, for a gradient at each row, as many rows at once as memory holds."""
+    """The gradient at each row, made where an attack would be: in batches that fit into memory."""
     return input_gradient(logits_fn, cross_entropy, x, y)[0]
 
 

@@ -96,8 +96,8 @@ def _canonical(strides, padding, rhs_dilation, precision) -> Callable[[Array, Ar
             return by_columns(lhs_dot, rhs)
         moved, edges = strides, padding
         if dense and strides != (1, 1):
-            # The transpose of a stride is a convolution of an array that is mostly zeros. Blocks have none, nor has
-            # every other pixel, all that a 1x1 kernel sees.
+            # The transpose of a stride is a convolution of an array that is mostly zeros. Blocks of pixels have none,
+            # nor have the pixels that a 1x1 kernel is at.
             if rhs.shape[:2] == (1, 1) and padding == _NO_PADDING:
                 lhs_dot = lhs_dot[:, :: strides[0], :: strides[1]]
             else:
