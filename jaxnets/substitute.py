@@ -10,8 +10,9 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 
+from jaxnets import parallel
 from jaxnets.attacks.gradient import fgsm
-from jaxnets.attacks.parts.on_host import checked_data
+from jaxnets.attacks.parts.on_host import attack_rows, checked_data, host_keys
 from jaxnets.classifier import Classifier
 from jaxnets.data import batch_indices, padded_batches, steps_per_epoch
 from jaxnets.losses import cross_entropy, targeted
@@ -110,7 +111,10 @@ def substitute(
 
 def agreement(logits_fn: LogitsFn, oracle: Oracle, x: np.ndarray) -> float:
     """The fraction of rows that the substitute and the oracle give the same label."""
-    return float(np.mean(np.asarray(jnp.argmax(logits_fn(jnp.asarray(x)), axis=-1)) == _asked(oracle, np.asarray(x))))
+    x = np.asarray(x)
+    keys, labels = host_keys(jax.random.key(0), len(x)), _asked(oracle, x)
+    alike = attack_rows(None, keys, logits_fn, x, labels, batch_size=None, mesh=parallel.data_mesh())
+    return float(alike.correct.mean())
 
 
 def _asked(oracle: Oracle, x: np.ndarray) -> np.ndarray:

@@ -106,3 +106,16 @@ def test_an_oracle_returns_labels(bad, words):
 def test_bad_settings_raise(settings):
     with pytest.raises(ValueError, match=r"at least 1 and batch_size in 1\.\.30"):
         train(oracle, X, **settings)
+
+
+def test_agreement_takes_no_more_rows_at_once_than_an_attack():
+    seen = set()
+
+    def counting(x):
+        seen.add(len(x))
+        return jnp.stack([1 - x[:, 0], x[:, 0]], axis=1)
+
+    test = np.random.default_rng(4).uniform(size=(300, 6)).astype(np.float32)
+    ours = agreement(counting, lambda x: (x[:, 0] > 0.5).astype(np.int64), test)
+    assert ours == 1
+    assert max(seen) == jn.parallel.rows_at_once() < 300
