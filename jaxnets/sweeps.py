@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.checkpoint import Checkpoints
-from jaxnets.fit import read_metrics, restore_best, write_metrics
+from jaxnets.fit import restore_best
+from jaxnets.metrics import read_metrics, write_metrics
 from jaxnets.training import Step, TrainState
 from jaxnets.types import Batch, Metrics
 

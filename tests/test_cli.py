@@ -16,7 +16,8 @@ import jaxnets as jn
 from jaxnets import cli, data, from_linen, weights
 from jaxnets.checkpoint import Checkpoints
 from jaxnets.commands import evaluate, networks, objectives, run, settings
-from jaxnets.fit import read_metrics, restore_best
+from jaxnets.fit import restore_best
+from jaxnets.metrics import read_metrics
 
 FAST = ["--model", "mlp", "--epochs", "2", "--steps", "2", "--examples", "40"]
 STANDARD = ["--model", "mlp", "--objective", "standard", "--epochs", "2", "--examples", "40"]

@@ -14,7 +14,8 @@ import jaxnets as jn
 from jaxnets.averaging import ema, init_average, with_average
 from jaxnets.checkpoint import Checkpoints
 from jaxnets.data import Split
-from jaxnets.fit import fit, read_metrics, restore_best
+from jaxnets.fit import fit, restore_best
+from jaxnets.metrics import read_metrics
 from jaxnets.sweeps import in_turn, member, stack, sweep, write_members
 from jaxnets.training import init_state, make_free_step, make_step, scheduled
 from jaxnets.types import Batch

@@ -14,7 +14,8 @@ from jaxnets.commands.run import Run, is_finite, model_of, write_json
 from jaxnets.commands.settings import TRAITS, Settled
 from jaxnets.evaluation import Report
 from jaxnets.evaluation import evaluate as evaluate_attacks
-from jaxnets.fit import read_metrics, restore_best
+from jaxnets.fit import restore_best
+from jaxnets.metrics import read_metrics
 from jaxnets.sweeps import member
 from jaxnets.training import TrainState
 from jaxnets.types import Attack
