@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jaxnets as jn
 from benchmarks.networks import Loaded
 from benchmarks.timing import seconds
-from benchmarks.work import Work
+from benchmarks.work import Precision, Work
 from jaxnets.types import Batch
 
 
@@ -89,10 +89,14 @@ def _of_objective(objective: Any, loaded: Loaded) -> Cost:
     return cost(gradient, loaded.params, loaded.stats, batch, jax.random.key(0))
 
 
-def measured(side: int = 2048, dtype: Any = jnp.float32, rounds: int = 10) -> Rates:
-    """The best of some products of square matrices, and of some sums of long arrays."""
-    matrix, long = jnp.ones((side, side), dtype), jnp.ones(1 << 26, jnp.float32)
-    product = _best(jax.jit(jnp.dot), matrix, matrix, rounds=rounds)
+def measured(precision: Precision = "float32", side: int | None = None, rounds: int = 10) -> Rates:
+    """The best of some products of square matrices, 2048 wide or on GPUs 8192, and of some sums of long arrays."""
+    side = side or (2048 if jax.default_backend() == "cpu" else 8192)
+    # Random numbers, for GPUs multiply others faster.
+    matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16 if precision == "bf16" else jnp.float32)
+    long = jnp.ones(1 << 26, jnp.float32)
+    multiply = partial(jnp.dot, precision="tensorfloat32" if precision == "tf32" else "float32")
+    product = _best(jax.jit(multiply), matrix, matrix, rounds=rounds)
     total = _best(jax.jit(jnp.add), long, long, rounds=rounds)
     return Rates(2 * side**3 / product, 3 * long.nbytes / total)
 

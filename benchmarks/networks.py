@@ -1,21 +1,25 @@
 """The networks that are attacked and trained, in JAX and with the same weights in PyTorch.
 
-``python -m benchmarks.networks`` trains three of them into ``runs/benchmarks`` (minutes on two cores): `SmallCNN` on
-MNIST by PGD-7 at epsilon 0.3 (an epoch each at 0.1 and 0.2 first), and by FGSM with a random start `MadryCNN` on MNIST
-at 0.3 and a ResNet-18 of width 8 on CIFAR-10 at 8/255. The others have random weights, for what takes the same time
-with any.
+``python -m benchmarks.networks NAME ...`` trains those of them into ``runs/benchmarks`` that are not timed with random
+weights, which serve what takes the same time with any: in minutes on two cores `SmallCNN` on MNIST by PGD-7 at epsilon
+0.3 (an epoch each at 0.1 and 0.2 first), and by FGSM with a random start `MadryCNN` on MNIST at 0.3 and a ResNet-18 of
+width 8 on CIFAR-10 at 8/255; and on a GPU a WRN-28-10 like that ResNet-18, with crops and flips and in bfloat16.
 """
 
+import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import jaxnets as jn
+from benchmarks.sides import to_device
+from benchmarks.work import Precision
 from jaxnets.types import LogitsFn, Params, Stats
 
 FOLDER = Path("runs/benchmarks")
@@ -31,6 +35,8 @@ class Training(NamedTuple):
     optimizer: Callable[[int], optax.GradientTransformation]
     warm_up: tuple[Any, ...] = ()
     """Attacks of an epoch each, to begin with."""
+    augmentations: tuple[Any, ...] = ()
+    precision: Precision = "float32"
 
 
 class Network(NamedTuple):
@@ -47,7 +53,7 @@ class Loaded(NamedTuple):
 
     Attributes:
       net, params, stats: in JAX.
-      twin: makes the same in PyTorch.
+      twin: makes the same in PyTorch, on its GPU if it has one.
       x: ``[N, H, W, C]``.
       y: ``[N]``.
     """
@@ -65,34 +71,49 @@ class Loaded(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def load(name: str, *, data_dir: Path | None = None, rows: int = 1000) -> Loaded:
-    """The network, trained first if it is one of those that are and was not, and so many rows. The last is kept."""
+def load(name: str, *, data_dir: Path | None = None, rows: int = 1000, precision: Precision = "float32") -> Loaded:
+    """The network, trained first if it is one of those that are and was not, and so many rows. The last is kept.
+
+    It computes in ``precision``, with weights and rows in float32. What JAX multiplies in float32 from then on is
+    multiplied as TF32 unless that is ``float32``; CPUs have but one.
+    """
     network = NETWORKS[name]
-    net = jn.from_linen(network.module)
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "float32" if precision == "float32" else "tensorfloat32")
+    net = _computing_in(precision, network.module)
     if network.training is None:
         x = np.random.default_rng(0).uniform(size=(rows, *network.image)).astype(np.float32)
         params, stats = net.init(jax.random.key(0), x[:1])
         y = np.argmax(net.logits_fn(params, stats)(x), axis=-1)
     else:
         data = jn.data.load(network.training.data, data_dir)
-        params, stats = _trained(name, net, network.training, data)
+        params, stats = _trained(name, network.module, network.training, data)
         x, y = jn.data.to_float(data.test.images[:rows]), data.test.labels[:rows]
-    return Loaded(net, params, stats, twin_of(network, params, stats), x, np.asarray(y, np.int32))
+    return Loaded(net, params, stats, twin_of(network, params, stats, precision), x, np.asarray(y, np.int32))
 
 
-def twin_of(network: Network, params: Params, stats: Stats) -> Callable[[], Any]:
+def _computing_in(precision: Precision, module: Any) -> jn.Classifier:
+    return jn.from_linen(module.clone(dtype=jnp.bfloat16) if precision == "bf16" else module)
+
+
+def twin_of(network: Network, params: Params, stats: Stats, precision: Precision = "float32") -> Callable[[], Any]:
     """Makes the network in PyTorch, with these weights."""
-    return partial(network.to_torch, *jax.tree.map(np.asarray, (params, stats)))
+    arrays = jax.tree.map(np.asarray, (params, stats))
+    return lambda: to_device(network.to_torch(*arrays), precision)
 
 
-def _trained(name: str, net: jn.Classifier, how: Training, data: jn.data.Dataset) -> tuple[Params, Stats]:
+def _trained(name: str, module: Any, how: Training, data: jn.data.Dataset) -> tuple[Params, Stats]:
+    net = _computing_in(how.precision, module)
     init_key, train_key, _ = jax.random.split(jax.random.key(0), 3)
     params, stats = net.init(init_key, jn.data.to_float(data.test.images[:1]))
 
     def fit(attack, optimizer, params, stats, *, place, epochs):
         state = jn.training.init_state(train_key, params, stats, optimizer)
         settings = {"folder": FOLDER / place, "epochs": epochs, "batch_size": how.batch_size}
-        step = jn.training.make_step(jn.objectives.adversarial(net, attack), optimizer)
+        objective = jn.objectives.adversarial(net, attack)
+        if how.augmentations:
+            objective = jn.objectives.augmented(objective, *how.augmentations)
+        step = jn.training.make_step(objective, optimizer)
         return jn.fit.fit(step, state, data.train, **settings)
 
     for number, attack in enumerate(how.warm_up):
@@ -164,6 +185,33 @@ def _resnet18_to_torch(params: Any, stats: Any) -> Any:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), dense).eval()
 
 
+def _wide_resnet_to_torch(params: Any, stats: Any) -> Any:
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, params: Any, stats: Any, stride: int):
+            super().__init__()
+            self.active = nn.Sequential(_norm(params["bn1"], stats["bn1"]), nn.ReLU())
+            self.inner = nn.Sequential(
+                _conv(params["conv1"], stride), _norm(params["bn2"], stats["bn2"]), nn.ReLU(), _conv(params["conv2"], 1)
+            )
+            self.shortcut = _conv(params["shortcut"], stride) if "shortcut" in params else None
+
+        def forward(self, x):
+            active = self.active(x)
+            return self.inner(active) + (self.shortcut(active) if self.shortcut else x)
+
+    moments, blocks = stats["batch_stats"], []
+    for group, stride in (("block1", 1), ("block2", 2), ("block3", 2)):
+        for number in range(len(params[group])):
+            name = f"layer_{number}"
+            blocks.append(Block(params[group][name], moments[group][name], stride if number == 0 else 1))
+    dense = nn.Linear(*params["fc"]["kernel"].shape)
+    _fill(dense, params["fc"]["kernel"].T, params["fc"]["bias"])
+    end = [_norm(params["bn1"], moments["bn1"]), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), dense]
+    return nn.Sequential(_conv(params["conv1"], 1), *blocks, *end).eval()
+
+
 def _conv(params: Any, stride: int) -> Any:
     from torch import nn
 
@@ -203,6 +251,11 @@ def _fgsm(epsilon: float) -> Any:
     return partial(jn.attacks.fgsm, threat=jn.Linf(epsilon), step_size=1.25 * epsilon, start=jn.attacks.uniform)
 
 
+def _cyclic(peak: float, total: int) -> optax.GradientTransformation:
+    rate = jn.optimizers.triangular(peak, total)
+    return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9))
+
+
 def _resnet18(width: int, training: Training | None = None) -> Network:
     module = jn.models.resnet18(10, width=width, stem=jn.models.cifar_stem)
     return Network(module, _resnet18_to_torch, (32, 32, 3), training)
@@ -228,27 +281,36 @@ NETWORKS = {
         (28, 28, 1),
         Training("mnist", _fgsm(0.3), 2, 128, lambda total: optax.adam(jn.optimizers.triangular(1e-3, total))),
     ),
-    "resnet18_8": _resnet18(
-        8,
+    "resnet18_8": _resnet18(8, Training("cifar10", _fgsm(8 / 255), 10, 128, partial(_cyclic, 0.1))),
+    "resnet18_16": _resnet18(16),
+    "resnet18_64": _resnet18(64),
+    "wrn28_10": Network(
+        jn.models.wide_resnet28_10(),
+        _wide_resnet_to_torch,
+        (32, 32, 3),
         Training(
             "cifar10",
             _fgsm(8 / 255),
             10,
             128,
-            lambda total: optax.chain(
-                optax.add_decayed_weights(5e-4), optax.sgd(jn.optimizers.triangular(0.1, total), momentum=0.9)
-            ),
+            partial(_cyclic, 0.1),
+            augmentations=(jn.data.random_crop, jn.data.random_flip),
+            precision="bf16",
         ),
     ),
-    "resnet18_16": _resnet18(16),
-    "resnet18_64": _resnet18(64),
 }
 
 
+def main() -> None:
+    names = sys.argv[1:]
+    trained = [name for name, network in NETWORKS.items() if network.training]
+    if not names or set(names) - set(trained):
+        raise SystemExit(f"benchmarks.networks: name networks to train of {', '.join(trained)}; got {names}")
+    for name in names:
+        found = load(name)
+        right = np.mean(np.argmax(found.model(found.x), axis=-1) == found.y)
+        print(f"{name}: {right:.1%} of 1,000 test rows right")
+
+
 if __name__ == "__main__":
-    for name, network in NETWORKS.items():
-        if network.training:
-            found = load(name)
-            print(
-                f"{name}: {np.mean(np.argmax(found.model(found.x), axis=-1) == found.y):.1%} of 1,000 test rows right"
-            )
+    main()

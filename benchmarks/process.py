@@ -13,8 +13,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,22 +39,30 @@ class Answer(NamedTuple):
 
 
 def environment() -> dict[str, str]:
-    """Of all sides, with settings of malloc unless the caller has his own."""
+    """Of all sides, with settings of memory unless the caller has his own."""
     # Huge pages, kept once the system has given them: a program's memory is new in every call, and on some machines
     # costs a third of a training step.
     tunables = "hugetlb=1", "arena_max=1", f"mmap_threshold={1 << 30}", f"trim_threshold={1 << 34}"
-    return {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{one}" for one in tunables)} | os.environ
+    malloc = ":".join(f"glibc.malloc.{one}" for one in tunables)
+    # A GPU is shared: a process in JAX would take most of it at its start.
+    return {"GLIBC_TUNABLES": malloc, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
 
 
 class Side:
-    """A side, ready to be asked. It answers the same work faster the second time, for the first compiles."""
+    """A side, ready to be asked. It answers the same work faster the second time, for the first compiles.
 
-    def __init__(self, name: str, *, data_dir: Path | None = None):
-        self.name = name
+    Args:
+      name: of `sides`.
+      data_dir: of data sets.
+      settings: of the environment, beside those of `environment`.
+    """
+
+    def __init__(self, name: str, *, data_dir: Path | None = None, settings: Mapping[str, str] = MappingProxyType({})):
         place = [str(data_dir)] if data_dir else []
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.process", name, *place],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment() | settings,
         )  # fmt: skip
 
     def ask(self, work: Work) -> Answer:
@@ -101,7 +110,7 @@ def _prepared(name: str, work: Work, data_dir: Path | None) -> tuple[Callable[[]
     from benchmarks import networks
 
     side = importlib.import_module(f"benchmarks.sides.{name}")
-    loaded = networks.load(work.network, data_dir=data_dir, rows=work.rows)
+    loaded = networks.load(work.network, data_dir=data_dir, rows=work.rows, precision=work.precision)
     model = loaded.model
     right = np.argmax(model(loaded.x), axis=-1) == loaded.y
 

@@ -5,7 +5,7 @@ import itertools
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -14,14 +14,17 @@ from matplotlib.figure import Figure
 from benchmarks.limit import Rates
 from benchmarks.process import environment
 from benchmarks.speed import Row
+from benchmarks.work import Precision
 
 PACKAGES = ("jax", "flax", "torch", "foolbox", "torchattacks", "adversarial-robustness-toolbox", "cleverhans")
 
 
-def write(folder: Path, rates: Rates, rounds: int, rows: Sequence[Row]) -> None:
+def write(folder: Path, rates: Mapping[Precision, Rates], rounds: int, rows: Sequence[Row]) -> None:
     """``RESULTS.md`` and ``speed.png``."""
     folder.mkdir(parents=True, exist_ok=True)
-    speed_picture(folder / "speed.png", rows)
+    drawn = [row for row in rows if not row.sides["jaxnets"].missing]
+    if drawn:
+        speed_picture(folder / "speed.png", drawn)
     page = f"# Results\n\n{heading(rates, rounds)}\n\n{speed_table(rows)}\n\n![](speed.png)\n"
     (folder / "RESULTS.md").write_text(page)
 
@@ -48,12 +51,13 @@ def versions() -> str:
 def speed_table(rows: Sequence[Row]) -> str:
     """A line a work: its limit, and by side the median, how many times ours it is, and the spread."""
     sides = list(rows[0].sides)
-    heads = ["work and rows", "arithmetic", "traffic", "jaxnets, first call", *sides]
+    heads = ["work and rows", "arithmetic", "traffic", "jaxnets, rows a second", "first call", *sides]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for row in rows:
         ours = row.sides["jaxnets"]
         least = [f"{_seconds(seconds)} ({ours.median / seconds:.1f})" for seconds in row.limit or ()] or ["-", "-"]
-        lines.append(_line([str(row.work), *least, _seconds(ours.first), *(_cell(row, side) for side in sides)]))
+        speed = f"{row.work.rows / ours.median:.0f}"
+        lines.append(_line([str(row.work), *least, speed, _seconds(ours.first), *(_cell(row, side) for side in sides)]))
     return "\n".join(lines)
 
 
@@ -100,12 +104,14 @@ def speed_picture(path: Path, rows: Sequence[Row]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def heading(rates: Rates, rounds: int) -> str:
+def heading(rates: Mapping[Precision, Rates], rounds: int) -> str:
     settings = environment()
+    products = " and ".join(f"{rate.flops / 1e9:.0f} GFLOP/s in {precision}" for precision, rate in rates.items())
+    bandwidth = max(rate.bytes for rate in rates.values())
     flags = " and ".join(f"`{name}={settings.get(name, '')}`" for name in ("XLA_FLAGS", "GLIBC_TUNABLES"))
     return (
         f"{machine()}. {versions()}.\n\n"
-        f"Products of matrices run at {rates.flops / 1e9:.0f} GFLOP/s, sums of arrays at {rates.bytes / 1e9:.0f} GB/s: "
+        f"Products of matrices run at {products}, sums of arrays at {bandwidth / 1e9:.0f} GB/s: "
         "the arithmetic and the traffic of a work are what the operations and the bytes of its gradients take at these "
         "rates (bytes that stay in caches take less), in brackets how many times that we take. Seconds are medians of "
         f"{rounds} calls after the first, all sides in turns, each in a process of its own; in brackets the least and "

@@ -1,6 +1,6 @@
 """All sides on the same work, in turns: medians with their spread, beside the least time that the work could take."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks import limit, networks
 from benchmarks.process import Answer, Side
-from benchmarks.work import Work
+from benchmarks.work import Precision, Work
 
 
 class Timing(NamedTuple):
@@ -16,7 +16,7 @@ class Timing(NamedTuple):
 
     Attributes:
       first: seconds of the first call, which compiles.
-      median, least, most: seconds of the later ones.
+      median, least, most: seconds of the later ones, or of the first where it is the only one.
       survivors: the share of rows right after the first call's attack; NaN for training.
       missing: why there are none of these; empty otherwise.
     """
@@ -42,11 +42,16 @@ class Row(NamedTuple):
 
 
 def measure(
-    works: Sequence[Work], sides: Sequence[str], rates: limit.Rates, *, rounds: int, data_dir: Path | None = None
+    works: Sequence[Work],
+    sides: Sequence[str],
+    rates: Mapping[Precision, limit.Rates],
+    *,
+    rounds: int,
+    data_dir: Path | None = None,
 ) -> Iterator[Row]:
     """Each work by each side: one call that compiles, then ``rounds`` in turns."""
     # First, for what cannot be done should show before hours of what can.
-    limits = [_limit(work, rates, data_dir) for work in works]
+    limits = [_limit(work, rates[work.precision], data_dir) for work in works]
     started = {name: Side(name, data_dir=data_dir) for name in sides}
     try:
         for work, least in zip(works, limits, strict=True):
@@ -59,12 +64,12 @@ def measure(
 
 
 def _limit(work: Work, rates: limit.Rates, data_dir: Path | None) -> limit.Seconds | None:
-    cost = limit.of_work(work, networks.load(work.network, data_dir=data_dir, rows=work.rows))
+    cost = limit.of_work(work, networks.load(work.network, data_dir=data_dir, rows=work.rows, precision=work.precision))
     return cost.seconds(rates) if cost else None
 
 
 def _timing(answers: Iterable[Answer]) -> Timing:
     first, *later = answers
-    seconds = [answer.seconds for answer in later] or [np.nan]
+    seconds = [answer.seconds for answer in later or [first]]
     missing = next((answer.missing for answer in (first, *later) if answer.missing), "")
     return Timing(first.seconds, float(np.median(seconds)), min(seconds), max(seconds), first.survivors, missing)

@@ -1,7 +1,10 @@
 """What is timed: attacks and steps of training, the same for every side."""
 
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast
+
+Precision = Literal["float32", "tf32", "bf16"]
+"""What networks compute in; attacks compute in float32. The two others mean something on GPUs alone."""
 
 _ON_DIGITS = {"linf": 0.3, "l2": 2.0, "l1": 10.0}
 _ON_COLOURS = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
@@ -11,6 +14,7 @@ EPSILONS = {
     "resnet18_8": _ON_COLOURS,
     "resnet18_16": _ON_COLOURS,
     "resnet18_64": _ON_COLOURS,
+    "wrn28_10": _ON_COLOURS,
 }
 """By network of `benchmarks.networks`, and norm."""
 
@@ -25,6 +29,7 @@ class Work(NamedTuple):
       steps: of the attack; queries of ``square``; 0 where the method knows them.
       norm: ``linf``, ``l2`` or ``l1``.
       rows: at once.
+      precision: of the network.
     """
 
     network: str
@@ -32,10 +37,12 @@ class Work(NamedTuple):
     steps: int
     norm: str
     rows: int
+    precision: Precision = "float32"
 
     def __str__(self) -> str:
         steps = f"-{self.steps}" if self.steps else ""
-        return f"{self.network} {self.method}{steps} {self.norm} {self.rows}"
+        precision = "" if self.precision == "float32" else f" {self.precision}"
+        return f"{self.network} {self.method}{steps} {self.norm} {self.rows}{precision}"
 
     @property
     def epsilon(self) -> float:
@@ -55,15 +62,18 @@ def parse(said: str) -> Work:
     """The work that ``str`` gives.
 
     >>> parse("small_cnn pgd-40 linf 512")
-    Work(network='small_cnn', method='pgd', steps=40, norm='linf', rows=512)
+    Work(network='small_cnn', method='pgd', steps=40, norm='linf', rows=512, precision='float32')
     """
-    found = re.fullmatch(r"(\S+) (\S+?)(?:-(\d+))? (linf|l2|l1) (\d+)", said)
+    found = re.fullmatch(r"(\S+) (\S+?)(?:-(\d+))? (linf|l2|l1) (\d+)(?: (tf32|bf16))?", said)
     if not found or found[1] not in EPSILONS:
-        raise ValueError(f"work is said as 'small_cnn pgd-40 linf 512', got {said!r}; networks: {', '.join(EPSILONS)}")
-    return Work(found[1], found[2], int(found[3] or 0), found[4], int(found[5]))
+        raise ValueError(
+            "work is said as 'small_cnn pgd-40 linf 512', with tf32 or bf16 behind it for less than float32, got "
+            f"{said!r}; networks: {', '.join(EPSILONS)}"
+        )
+    return Work(found[1], found[2], int(found[3] or 0), found[4], int(found[5]), cast(Precision, found[6] or "float32"))
 
 
-def on(network: str, rows: int, *works: str) -> list[Work]:
+def on(network: str, rows: int | str, *works: str) -> list[Work]:
     return [parse(f"{network} {work} {rows}") for work in works]
 
 
@@ -77,3 +87,14 @@ ON_CPU = [
     *on("resnet18_64", 16, "pgd-10 linf", "pgd-10 l2", *TRAINING),
 ]
 """Minutes a side on two cores. Attacks that stop where a row has fallen run on networks that were trained."""
+
+ON_GPU = [
+    *on("madry_cnn", 512, "pgd-40 linf", "train-pgd-7 linf"),
+    *on("resnet18_64", 512, "pgd-10 linf", "train-pgd-10 linf", "train-fgsm linf"),
+    *on("resnet18_64", "512 tf32", "pgd-10 linf", "train-pgd-10 linf", "train-fgsm linf"),
+    *on("resnet18_64", "512 bf16", "pgd-10 linf", "pgd-10 l2", "apgd-100 linf", *TRAINING, "train-pgd-10 linf"),
+    *on("wrn28_10", "256 bf16", "pgd-10 linf", "train-pgd-10 linf"),
+    *on("wrn28_10", "500 tf32", "autoattack linf"),
+    *on("wrn28_10", "500 bf16", "autoattack linf"),
+]
+"""Not run yet. ``wrn28_10 autoattack linf 10000 bf16`` takes the sides beside ours hours."""

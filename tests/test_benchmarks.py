@@ -11,25 +11,28 @@ import torch
 from matplotlib.image import imread
 
 import jaxnets as jn
-from benchmarks import limit, networks, report, speed, work
+from benchmarks import compilers, limit, networks, report, speed, work
 from benchmarks.process import Answer, Side, environment
-from benchmarks.sides import NotOfferedError, by_hand, jaxnets, to_torch
+from benchmarks.sides import NotOfferedError, by_hand, jaxnets, jaxnets_unrolled, to_torch
 from jaxnets.types import Batch
 
 KEY = jax.random.key(0)
+SMALLER = {"wrn28_10": jn.models.WideResNet(10, 2)}
+"""Networks of the same layers, for those too large to test."""
 
 
 @pytest.fixture
 def loaded(monkeypatch):
     """By name: a network with random weights and statistics, and four rows of noise."""
 
-    def load(name):
+    def load(name, precision="float32"):
         network = networks.NETWORKS[name]._replace(training=None)
+        network = network._replace(module=SMALLER.get(name, network.module))
         monkeypatch.setitem(networks.NETWORKS, name, network)
-        found = networks.load(name, rows=4)
+        found = networks.load(name, rows=4, precision=precision)
         draw = np.random.default_rng(1)
         params, stats = jax.tree.map(lambda leaf: leaf * draw.uniform(0.5, 1.5), (found.params, found.stats))
-        return found._replace(params=params, stats=stats, twin=networks.twin_of(network, params, stats))
+        return found._replace(params=params, stats=stats, twin=networks.twin_of(network, params, stats, precision))
 
     return load
 
@@ -41,6 +44,37 @@ def test_twins_give_the_same_logits(name, loaded):
     with torch.no_grad():
         theirs = found.twin()(rows).numpy()
     np.testing.assert_allclose(found.model(found.x), theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_twins_compute_in_the_precision_of_the_work(loaded):
+    """Sixteen times coarser than float32 would be, and near what it gives."""
+    rows, exact = to_torch((found := loaded("madry_cnn")).x, found.y)[0], found.model(found.x)
+    coarse = loaded("madry_cnn", "bf16")
+    assert jax.tree.leaves(coarse.params)[0].dtype == jnp.float32
+    with torch.no_grad():
+        theirs = coarse.twin()(rows)
+    assert theirs.dtype == torch.float32
+    assert not coarse.twin().training
+    for logits in (np.asarray(coarse.model(found.x), float), theirs.numpy()):
+        assert 1e-4 < np.abs(logits - exact).max() / np.abs(exact).max() < 0.03
+
+
+def test_training_of_networks_is_asked_for_by_name(monkeypatch):
+    for arguments in ([], ["resnet18_64"]):
+        monkeypatch.setattr("sys.argv", ["benchmarks.networks", *arguments])
+        with pytest.raises(SystemExit, match="name networks to train of small_cnn, madry_cnn, resnet18_8, wrn28_10"):
+            networks.main()
+
+
+def test_attacks_without_loops_are_the_same(loaded, monkeypatch):
+    found, done = loaded("madry_cnn"), work.parse("madry_cnn pgd-3 linf 4")
+    looped = jaxnets.make(done, found)()
+    jax.clear_caches()
+    loops = []
+    monkeypatch.setattr("jax.lax.fori_loop", lambda *loop: loops.append(loop))
+    unrolled = jaxnets_unrolled.make(done, found)()
+    assert not loops
+    np.testing.assert_allclose(unrolled, looped, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -71,9 +105,10 @@ def test_training_by_hand_takes_the_step_of_ours(method, loaded, monkeypatch):
 
 
 def test_work_is_read_as_it_is_written():
-    for one in work.ON_CPU:
+    for one in work.ON_CPU + work.ON_GPU:
         assert work.parse(str(one)) == one
-    for wrong in ("small_cnn pgd-10 linf", "nothing pgd-10 linf 4", "small_cnn pgd-10 l3 4"):
+    assert work.parse("small_cnn pgd-10 linf 4 bf16").precision == "bf16"
+    for wrong in ("small_cnn pgd-10 linf", "nothing pgd-10 linf 4", "small_cnn pgd-10 l3 4", "small_cnn pgd-1 l2 4 f8"):
         with pytest.raises(ValueError, match="work is said as"):
             work.parse(wrong)
 
@@ -137,16 +172,20 @@ def test_the_page_shows_what_was_measured(tmp_path):
     lacking = speed._timing([Answer(missing="not offered")] * 4)
     row = speed.Row(done, limit.Seconds(0.5, 0.1), {"jaxnets": ours, "by_hand": theirs, "art": lacking})
     assert row.ratio("by_hand") == 2.5
-    report.write(tmp_path, limit.Rates(1.5e11, 2e10), 3, [row._replace(limit=None), row])
+    rates = {"float32": limit.Rates(1.5e11, 2e10)}
+    failed = speed.Row(done, None, dict.fromkeys(row.sides, lacking))
+    report.write(tmp_path, rates, 3, [failed])
+    assert "not offered" in (tmp_path / "RESULTS.md").read_text()
+    report.write(tmp_path, rates, 3, [failed, row._replace(limit=None), row])
     page = (tmp_path / "RESULTS.md").read_text()
-    assert "150 GFLOP/s" in page
+    assert "150 GFLOP/s in float32" in page
     assert "20 GB/s" in page
     last = [line for line in page.splitlines() if line.startswith("|")][-1]
     for said in (
         "small_cnn pgd-40 linf",
         "512",
         "0.5 (4.0) | 0.1 (20.0)",
-        "| 9 |",
+        "| 256 | 9 |",
         "2 (1-3), 50.0% left",
         "**2.50x** 5 (4-9)",
         "not offered",
@@ -154,3 +193,13 @@ def test_the_page_shows_what_was_measured(tmp_path):
         assert said in last
     assert imread(tmp_path / "speed.png").std() > 0.02
     assert math.isnan(lacking.median)
+    assert speed._timing([Answer(9.0, 0.5)]).median == 9.0
+
+
+@pytest.mark.slow
+def test_settings_of_compilers_are_timed_in_turns(monkeypatch):
+    kept = {name: compilers.SETTINGS[name] for name in ("as it is", "attacks without loops", "no autotuning")}
+    monkeypatch.setattr(compilers, "SETTINGS", kept)
+    found = compilers.measured(work.parse("resnet18_16 pgd-2 linf 2"), rounds=1)
+    assert list(found) == list(kept)
+    assert all(0 < others < first for first, others in found.values())

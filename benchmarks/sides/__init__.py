@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.work import Precision
+
 SIDES = (
     "jaxnets", "by_hand", "by_hand_compiled", "torchattacks", "foolbox_jax", "foolbox_torch", "art", "cleverhans",
     "official",
@@ -23,16 +25,51 @@ class NotOfferedError(LookupError):
     """A side has no such method."""
 
 
+def torch_device() -> str:
+    """Where PyTorch computes."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def to_device(net: Any, precision: Precision) -> Any:
+    """The network where PyTorch computes; its process multiplies in ``precision`` from then on."""
+    import torch
+
+    class InBfloat16(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            with torch.autocast(x.device.type, torch.bfloat16):
+                return self.net(x).float()
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"
+    torch.backends.cudnn.benchmark = True
+    net = net.to(torch_device())
+    return InBfloat16().train(net.training) if precision == "bf16" else net
+
+
 def to_torch(x: np.ndarray, y: np.ndarray) -> Any:
     """Rows and classes for PyTorch: ``[N, C, H, W]``, whose memory stays channels-last."""
     import torch
 
-    return torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(np.asarray(y, np.int64))
+    rows, classes = torch.tensor(x), torch.tensor(np.asarray(y, np.int64))
+    return rows.to(torch_device()).permute(0, 3, 1, 2), classes.to(torch_device())
 
 
 def from_torch(x_adv: Any) -> np.ndarray:
     """``[N, H, W, C]``."""
-    return x_adv.detach().permute(0, 2, 3, 1).numpy()
+    return x_adv.detach().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def wait_for_torch() -> None:
+    """Until what was asked of a GPU is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def frozen(twin: Any) -> Any:

@@ -9,7 +9,7 @@ from art.attacks import evasion
 from art.estimators.classification import PyTorchClassifier
 
 from benchmarks.networks import Loaded
-from benchmarks.sides import ORDERS, NotOfferedError, frozen
+from benchmarks.sides import ORDERS, NotOfferedError, frozen, torch_device
 from benchmarks.work import Work
 
 
@@ -36,7 +36,7 @@ def make(work: Work, loaded: Loaded) -> Callable[[], Any]:
         input_shape=(loaded.x.shape[3], *loaded.x.shape[1:3]),
         nb_classes=10,
         clip_values=(0.0, 1.0),
-        device_type="cpu",
+        device_type="gpu" if torch_device() == "cuda" else "cpu",
     )
     attack, x = made[work.method](classifier), np.ascontiguousarray(loaded.x.transpose(0, 3, 1, 2))
     return lambda: attack.generate(x, loaded.y).transpose(0, 2, 3, 1)

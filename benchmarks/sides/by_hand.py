@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.networks import Loaded
-from benchmarks.sides import NotOfferedError, from_torch, frozen, to_torch
+from benchmarks.sides import NotOfferedError, from_torch, frozen, to_torch, wait_for_torch
 from benchmarks.work import Work
 
 
@@ -73,7 +73,7 @@ def _cw(work: Work, net: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """One constant of 1: Adam on the point before the tanh; the nearest point of another class is kept."""
     before = torch.atanh((2 * x - 1).clamp(-1 + 1e-6, 1 - 1e-6)).requires_grad_()
     optimizer = torch.optim.Adam([before], lr=0.01)
-    best, nearest = x.clone(), torch.full((len(x),), torch.inf)
+    best, nearest = x.clone(), torch.full((len(x),), torch.inf, device=x.device)
     own = functional.one_hot(y, 10).bool()
     for _ in range(work.steps):
         x_adv = (torch.tanh(before) + 1) / 2
@@ -99,6 +99,7 @@ def _training(work: Work, net: Any, x: torch.Tensor, y: torch.Tensor) -> Callabl
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        wait_for_torch()
 
     return step
 

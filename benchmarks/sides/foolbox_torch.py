@@ -6,13 +6,13 @@ from typing import Any
 import foolbox
 
 from benchmarks.networks import Loaded
-from benchmarks.sides import NotOfferedError, from_torch, frozen, to_torch
+from benchmarks.sides import NotOfferedError, from_torch, frozen, to_torch, torch_device
 from benchmarks.work import Work
 
 
 def make(work: Work, loaded: Loaded) -> Callable[[], Any]:
     attack, epsilon = attack_of(work), bound(work)
-    model = foolbox.PyTorchModel(frozen(loaded.twin), bounds=(0, 1), device="cpu")
+    model = foolbox.PyTorchModel(frozen(loaded.twin), bounds=(0, 1), device=torch_device())
     x, y = to_torch(loaded.x, loaded.y)
     return lambda: from_torch(attack(model, x, foolbox.criteria.Misclassification(y), epsilons=epsilon)[1])
 

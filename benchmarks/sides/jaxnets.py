@@ -34,7 +34,8 @@ def _attack(work: Work, loaded: Loaded) -> Callable[[], Any]:
     if work.method not in made:
         raise NotOfferedError(work.method)
     attack, model, key = made[work.method], loaded.model, jax.random.key(0)
-    return lambda: np.asarray(attack(key, model, jnp.asarray(loaded.x), jnp.asarray(loaded.y)))
+    x, y = jnp.asarray(loaded.x), jnp.asarray(loaded.y)
+    return lambda: np.asarray(attack(key, model, x, y))
 
 
 def _training(work: Work, loaded: Loaded) -> Callable[[], Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from autoattack import AutoAttack
 
 from benchmarks.networks import Loaded
-from benchmarks.sides import NORMS, NotOfferedError, from_torch, to_torch
+from benchmarks.sides import NORMS, NotOfferedError, from_torch, to_torch, torch_device
 from benchmarks.work import Work
 
 
@@ -14,7 +14,8 @@ def make(work: Work, loaded: Loaded) -> Callable[[], Any]:
     if work.method != "autoattack":
         raise NotOfferedError(work.method)
     x, y = to_torch(loaded.x, loaded.y)
-    norm = NORMS[work.norm]
-    attack = AutoAttack(loaded.twin(), norm=norm, eps=work.epsilon, version="standard", device="cpu", verbose=False)
+    attack = AutoAttack(
+        loaded.twin(), norm=NORMS[work.norm], eps=work.epsilon, version="standard", device=torch_device(), verbose=False
+    )
     # It reshapes gradients by views, which those of channels-last images refuse.
     return lambda: from_torch(attack.run_standard_evaluation(x.contiguous(), y, bs=500))

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.optim import SGD
 
 from benchmarks.networks import Loaded
-from benchmarks.sides import NORMS, NotOfferedError, from_torch, frozen, to_torch
+from benchmarks.sides import NORMS, NotOfferedError, from_torch, frozen, to_torch, wait_for_torch
 from benchmarks.work import Work
 
 
@@ -60,6 +60,7 @@ def _training(work: Work, attack_of: Callable[[Any], Any], loaded: Loaded, x: An
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        wait_for_torch()
 
     return step
 
