@@ -1,16 +1,17 @@
 """The bridge from Flax: a network as a tuple of pure functions, and one behind a layer that normalises."""
 
-import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.tree_util import Partial
 
+from jaxnets.models.calls import mode
 from jaxnets.types import Array, Params, Stats
 
 
@@ -41,7 +42,8 @@ def from_linen(module: nn.Module) -> Classifier:
 
     Where the module's ``__call__`` has an argument ``train`` it is true in training and false in inference; an argument
     ``deterministic`` is the opposite. All collections but ``params`` are statistics; randomness is drawn from the
-    stream ``dropout``.
+    stream ``dropout``. Training raises ValueError for a collection that grows in every call, as what modules sow does
+    unless it is sown into ``intermediates``.
 
     Equal modules get the same functions, for which a compiled attack is not compiled again.
 
@@ -55,25 +57,20 @@ def from_linen(module: nn.Module) -> Classifier:
 
 
 def _from_linen(module: nn.Module) -> Classifier:
-    arguments = inspect.signature(type(module).__call__).parameters
-
-    def mode(training: bool) -> dict[str, Any]:
-        if "train" in arguments:
-            return {"train": training}
-        return {"deterministic": not training} if "deterministic" in arguments else {}
+    inference, in_training = mode(module, training=False), mode(module, training=True)
 
     def init(key: Array, x: Array) -> tuple[Params, Stats]:
-        variables = dict(module.init(key, x, **mode(False)))
+        variables = dict(module.init(key, x, **inference))
         return variables.pop("params", {}), variables
 
     def infer(params: Params, stats: Stats, x: Array) -> Array:
-        return module.apply({"params": params, **stats}, x, **mode(False))  # pyright: ignore[reportReturnType]
+        return module.apply({"params": params, **stats}, x, **inference)  # pyright: ignore[reportReturnType]
 
     def train(params: Params, stats: Stats, x: Array, key: Array) -> tuple[Array, Stats]:
         logits, moved = module.apply(
-            {"params": params, **stats}, x, rngs={"dropout": key}, mutable=list(stats), **mode(True)
+            {"params": params, **stats}, x, rngs={"dropout": key}, mutable=list(stats), **in_training
         )
-        return logits, dict(moved)
+        return logits, _as_many(dict(moved), stats)
 
     def activations(
         params: Params, stats: Stats, x: Array, key: Array | None = None
@@ -83,12 +80,23 @@ def _from_linen(module: nn.Module) -> Classifier:
         moving = list(stats) if training else []
         logits, moved = module.apply(
             {"params": params, **stats}, x, mutable=[*moving, "intermediates"], capture_intermediates=True,
-            **settings, **mode(training),
+            **settings, **(in_training if training else inference),
         )  # fmt: skip
         captured = _by_path(moved["intermediates"])  # pyright: ignore
-        return logits, {name: moved.get(name, stats[name]) for name in stats}, captured
+        return logits, _as_many({name: moved.get(name, stats[name]) for name in stats}, stats), captured
 
     return Classifier(init, infer, train, activations)
+
+
+def _as_many(moved: Stats, stats: Stats) -> Stats:
+    """``moved``; were it more than ``stats`` each step would be compiled anew, and no run could be resumed."""
+    for name in stats:
+        if jax.tree.structure(moved[name]) != jax.tree.structure(stats[name]):
+            raise ValueError(
+                f"the collection {name!r} has grown in a call, as what modules sow does: sow into 'intermediates', "
+                f"which Classifier.activations gives, or take it out of what init gives: stats.pop({name!r})"
+            )
+    return moved
 
 
 @lru_cache(maxsize=256)

@@ -18,7 +18,7 @@ from jaxnets.attacks.gradient import fgsm, pgd
 from jaxnets.attacks.parts.calling import as_pytree
 from jaxnets.attacks.parts.derivatives import input_gradient
 from jaxnets.attacks.parts.minimum_norm import box_width
-from jaxnets.attacks.parts.on_host import attack_rows, host_keys
+from jaxnets.attacks.parts.on_host import attack_rows, checked_data, host_keys
 from jaxnets.attacks.square import square
 from jaxnets.classifier import Classifier
 from jaxnets.evaluation import evaluate
@@ -27,6 +27,9 @@ from jaxnets.threats import Threat
 from jaxnets.training import TrainState
 from jaxnets.types import Array, Attack, Batch, LogitsFn, Objective, Params, Stats
 from jaxnets.verification import verify
+
+_PGD = "PGD on cross-entropy and margin"
+"""A name that no other attack has."""
 
 
 class MaskedGradients(NamedTuple):
@@ -115,7 +118,8 @@ def masked_gradients(
     if black_box is None:
         black_box = {"square": partial(square, threat=threat, queries=500)}
     logits_fn = as_pytree(logits_fn)
-    report = evaluate(key, logits_fn, x, y, {"pgd": _many_steps(threat, steps), **black_box}, threat=threat)
+    y = np.asarray(y)
+    report = evaluate(key, logits_fn, x, y, {_PGD: _many_steps(threat, steps), **black_box}, threat=threat)
     # On all rows, where `evaluate` attacks the right ones.
     keys, mesh = host_keys(key, len(x)), parallel.data_mesh()
     gradient, one_step = (
@@ -124,16 +128,16 @@ def masked_gradients(
     )
     verify("fgsm", one_step.x, x, threat)
     everywhere = _whole_box(threat, x)
-    free = evaluate(key, logits_fn, x, y, {"pgd": _many_steps(everywhere, steps)}, threat=everywhere)
+    free = evaluate(key, logits_fn, x, y, {_PGD: _many_steps(everywhere, steps)}, threat=everywhere)
     survived = report.survived
     return MaskedGradients(
         zero_gradients=float((gradient.x == 0).reshape(len(x), -1).all(axis=1).mean()),
         clean=float(survived["clean"].mean()),
         leaking=float(one_step.correct.mean()),
         one_step=float((survived["clean"] & one_step.correct).mean()),
-        many_steps=float(survived["pgd"].mean()),
-        black_box={name: float((survived["pgd"] & ~survived[name]).mean()) for name in black_box},
-        unbounded=float(free.survived["pgd"].mean()),
+        many_steps=float(survived[_PGD].mean()),
+        black_box={name: float((survived[_PGD] & ~survived[name]).mean()) for name in black_box},
+        unbounded=float(free.survived[_PGD].mean()),
         chance=1 / jax.eval_shape(logits_fn, x[:1]).shape[-1],
     )
 
@@ -191,6 +195,7 @@ def overfitting_guard(
       ``state -> {"one step": accuracy, "pgd": accuracy}``.
 
     Raises:
+      ValueError: for rows outside the box.
       CatastrophicOverfittingError: when called, beyond the gap.
 
     Wong et al. 2020, https://arxiv.org/abs/2001.03994, section 5.4, who watch PGD on a batch of training rows and stop
@@ -202,6 +207,7 @@ def overfitting_guard(
     >>> guard = overfitting_guard(jax.random.key(0), net, x, y, attack=attack, threat=threat)  # fit(evaluate=guard)
     """
     suite = {"one step": attack, "pgd": partial(pgd, threat=threat, steps=steps)}
+    x, y = checked_data("overfitting_guard", x, threat), np.asarray(y)
     keys, mesh = host_keys(key, len(x)), parallel.data_mesh()
 
     def watch(state: TrainState) -> dict[str, float]:
@@ -236,7 +242,7 @@ def gradient_norms(
       params, stats, batch, key: what the gradient is taken at, as a training step does.
 
     Returns:
-      ``{path of a layer: norm}``; layers without weights have none.
+      ``{path of a layer: norm}``; layers without weights have none, and arrays of the network itself are no layer.
 
     >>> from jaxnets import from_linen, models, objectives
     >>> net, x = from_linen(models.MLP((3,))), jnp.ones((2, 4))
@@ -255,7 +261,8 @@ def gradient_norms(
     jax.eval_shape(run, batch.x)
     gradient = jax.jit(jax.grad(objective, has_aux=True))(params, stats, batch, key)[0]
     norms = _norms_of_weights(gradient)
-    return {name: norms[name] for name in order if name in norms}
+    # Behind them the layers within a recurrent one, whose every step gives something.
+    return {name: norms[name] for name in dict.fromkeys([*order, *filter(None, norms)]) if name in norms}
 
 
 def _norms_of_weights(tree: Params) -> dict[str, float]:

@@ -129,15 +129,18 @@ def evaluate(
     Raises:
       InvalidExample: where a result is not finite, or outside the box or the ball.
       CrossedBounds: where a row that is certified has fallen.
-      ValueError: without rows, where ``x`` and ``y`` do not fit, ``x`` is not finite and inside the box, or a class is
-        not among the K.
+      ValueError: without rows, where ``x`` and ``y`` do not fit, ``x`` is not finite and inside the box, a class is not
+        among the K, or an attack is called ``clean`` or ``worst case``.
     """
     if len(x) != len(y) or not len(x):
         raise ValueError(
             f"evaluate needs as many classes as rows, and at least one: got {len(x)} rows, {len(y)} classes"
         )
     x, y = checked_data("evaluate", x, threat), np.asarray(y)
-    _check_classes(logits_fn, x, y)
+    _check_classes("evaluate", logits_fn, x, y)
+    taken = sorted({"clean", "worst case"} & attacks.keys())
+    if taken:
+        raise ValueError(f"attacks may not be called {' or '.join(taken)}, which is another line of the report")
     mesh = parallel.mesh_or_all(mesh)
     keys = host_keys(key, len(x))
     on_rows = partial(attack_rows, logits_fn=as_pytree(logits_fn), batch_size=batch_size, mesh=mesh)
@@ -171,14 +174,15 @@ def _logits(logits_fn: LogitsFn, x: Array) -> Array:
     return logits_fn(x)
 
 
-def _check_classes(logits_fn: LogitsFn, x: np.ndarray, y: np.ndarray) -> None:
+def _check_classes(name: str, logits_fn: LogitsFn, x: np.ndarray, y: np.ndarray) -> None:
     # By a jitted function, whose shapes are kept: training evaluates the same network again and again.
     row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     classes = _logits.eval_shape(as_pytree(logits_fn), row).shape[-1]
-    if not (np.issubdtype(y.dtype, np.integer) and np.min(y) >= 0 and np.max(y) < classes):
+    fits = y.shape == x.shape[:1] and np.issubdtype(y.dtype, np.integer)
+    if not (fits and np.min(y) >= 0 and np.max(y) < classes):
         raise ValueError(
-            f"evaluate takes integer classes from 0 to {classes - 1}, one for each logit, got {y.dtype} from "
-            f"{np.min(y)} to {np.max(y)}"
+            f"{name} takes integer classes from 0 to {classes - 1}, one for each of {len(x)} rows, got "
+            f"{y.dtype}{list(y.shape)} from {np.min(y)} to {np.max(y)}"
         )
 
 
@@ -239,10 +243,12 @@ def robustness_curve(
 
     Raises:
       InvalidExample: as `evaluate` does.
-      ValueError: where epsilons do not rise.
+      ValueError: as it does, and where epsilons do not rise from 0 or more.
     """
-    if not (np.diff(epsilons) > 0).all():
-        raise ValueError(f"robustness_curve takes rising epsilons, got {epsilons}")
+    if not (np.diff(epsilons, prepend=-np.finfo(float).tiny) > 0).all():
+        raise ValueError(f"robustness_curve takes epsilons that rise from 0 or more, got {epsilons}")
+    x, y = checked_data("robustness_curve", x, threat), np.asarray(y)
+    _check_classes("robustness_curve", logits_fn, x, y)
     found, correct = _sweep(
         Partial(attack), key, as_pytree(logits_fn), jnp.asarray(x), y, threat, jnp.asarray(epsilons)
     )

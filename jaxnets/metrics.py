@@ -60,7 +60,10 @@ class MetricsLog:
         step, metrics = pending
         values = self._write(step, metrics)
         if not np.isfinite(values.get("loss", 0.0)).any():
-            raise FloatingPointError(f"the loss is {values['loss']} at step {step}: lower the learning rate")
+            raise FloatingPointError(
+                f"the loss is {values['loss']} at step {step}: lower the learning rate, or look for labels that are no "
+                "classes of the network"
+            )
         return values
 
     def _write(self, step: int, values: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def verify(name: str, x_adv: np.ndarray, x: np.ndarray, threat: Threat) -> None:
     for bad, what in [
         (~_flat(np.isfinite(x_adv)).all(axis=1), "is not finite"),
         (outside > width, f"leaves the box [{threat.lower}, {threat.upper}]"),
-        (size > room, f"leaves the ball: the largest perturbation is {largest:.8g} in {threat}"),
+        (~(size <= room), f"leaves the ball: the largest perturbation is {largest:.8g} in {threat}"),
     ]:
         if bad.any():
             rows = np.flatnonzero(bad)
@@ -156,12 +156,13 @@ def _check_shapes(arrays: dict[str, np.ndarray]) -> None:
         raise ValueError(f"x must hold at least one row, got shape {rows}")
     attacks = list(_named(arrays, "x_adv/"))
     wanted = {f"survived/{name}": rows[:1] for name in ("clean", *attacks)}
-    wanted |= {"y": rows[:1], **{f"x_adv/{name}": rows for name in attacks}}
+    wanted |= {"x": rows, "y": rows[:1], **{f"x_adv/{name}": rows for name in attacks}}
     for name, shape in wanted.items():
         if name not in arrays:
             raise ValueError(f"{name} is missing")
         found = arrays[name]
-        if found.shape != shape or (name.startswith("survived/") and found.dtype != bool):
+        kinds = "b" if name.startswith("survived/") else "iu" if name == "y" else "iuf"
+        if found.shape != shape or found.dtype.kind not in kinds:
             raise ValueError(f"{name} does not fit x of shape {rows}: it is {found.dtype} of shape {found.shape}")
 
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -302,3 +303,41 @@ def test_summary_counts_statistics_and_activations():
     lines = str(found).splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["layer", "conv1", "bn1", "layer1_0", "fc"]
     assert lines[3].split()[1:] == ["8x8x4", "304", "0.04"]
+
+
+class Called(nn.Module):
+    """A layer, called so many times."""
+
+    layer: nn.Module
+    times: int = 1
+
+    @nn.compact
+    def __call__(self, x, train):
+        for _ in range(self.times):
+            x = self.layer(x)
+        return x
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x), x
+
+
+@pytest.mark.parametrize(("layer", "image", "products"), [
+    (nn.DenseGeneral((3, 8), use_bias=False), (9, 4), 9 * 4 * 24),
+    (nn.DenseGeneral((3, 8)), (9, 4), 9 * 4 * 24),
+    (nn.DenseGeneral(5, axis=(-2, -1), use_bias=False), (9, 4), 9 * 4 * 5),
+    (nn.MultiHeadDotProductAttention(4, use_bias=False), (16, 32), 4 * 16 * 32 * 32 + 2 * 16 * 16 * 32),
+    (nn.ConvTranspose(8, (2, 2), strides=(2, 2)), (9, 9, 4), 81 * 4 * 4 * 8),
+    (nn.Conv(6, (3, 3), strides=2, feature_group_count=2, use_bias=False), (8, 8, 4), 16 * 9 * 2 * 6),
+    (Pair(), (4,), 12),
+], ids=["features", "features and bias", "axes", "attention", "transpose", "groups", "pair"])  # fmt: skip
+def test_summary_counts_the_products_of_layers(layer, image, products):
+    assert models.summary(Called(layer), image).flops == 2 * products
+    assert models.summary(nn.Sequential([layer]), image).flops == 2 * products
+
+
+def test_summary_counts_every_call_and_the_network_itself():
+    assert models.summary(Called(nn.Dense(4), times=3), (4,)).flops == 3 * 2 * 16
+    assert models.summary(nn.Dense(3), (4,)).flops == 24

@@ -138,3 +138,39 @@ def test_normalized_refuses_other_numbers_of_channels():
 @pytest.mark.parametrize("make", [models.AlexNet.small, models.ZFNet.small, models.LeNet5.modern])
 def test_equal_networks_of_a_kind_share_their_functions(make):
     assert jn.from_linen(make()) == jn.from_linen(make())
+
+
+class Sowing(nn.Module):
+    """Sows a penalty into a collection of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        self.sow("losses", "size", jnp.sum(x**2))
+        return nn.Dense(3)(x)
+
+
+def test_collections_that_grow_are_refused():
+    """A step would be compiled anew each time, and a run could not be resumed."""
+    net, x = jn.from_linen(Sowing()), jnp.ones((2, 4))
+    params, stats = net.init(KEY, x)
+    for train in (net.train, net.activations):
+        with pytest.raises(ValueError, match="the collection 'losses' has grown in a call, as what modules sow does"):
+            train(params, stats, x, KEY)
+    assert net.infer(params, stats, x).shape == (2, 3)
+    stats.pop("losses")
+    assert net.train(params, stats, x, KEY)[1] == {}
+
+
+def test_train_and_deterministic_are_both_said():
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False, deterministic=True):
+            x = nn.BatchNorm(use_running_average=not train)(x)
+            return nn.Dropout(0.5, deterministic=deterministic)(x)
+
+    net, x = jn.from_linen(Both()), jax.random.uniform(KEY, (8, 6))
+    params, stats = net.init(KEY, x)
+    (one, moved), (other, _) = (net.train(params, stats, x, jax.random.key(seed)) for seed in (1, 2))
+    assert (one != other).any()
+    assert (moved["batch_stats"]["BatchNorm_0"]["mean"] > 0).all()
+    assert (net.infer(params, stats, x) != 0).all()

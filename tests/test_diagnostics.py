@@ -1,18 +1,28 @@
 """Every sign of masked gradients on a model that has it."""
 
 from dataclasses import replace
+from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_autoattack import CLASSES, images, linear
 
 import jaxnets as jn
-from jaxnets.diagnostics import MaskedGradients, _norms_of_weights, _whole_box, masked_gradients
+from jaxnets.diagnostics import (
+    MaskedGradients,
+    _norms_of_weights,
+    _whole_box,
+    masked_gradients,
+    overfitting_guard,
+)  # fmt: skip
 from jaxnets.threats import L0, Masked
 
 KEY = jax.random.key(0)
+SQUARE = partial(jn.attacks.square, threat=jn.Linf(0.05), queries=500)
 
 
 def look(model, **options):
@@ -103,6 +113,22 @@ def test_no_more_rows_at_once_than_an_attack_takes():
     assert max(seen) == jn.parallel.rows_at_once() < 200
 
 
+@pytest.mark.parametrize("name", ["pgd", "square"])
+def test_the_black_box_has_any_name(name):
+    found = look(lambda x: linear()(jnp.round(40 * x) / 40), black_box={name: SQUARE})
+    assert found.black_box[name] > 0.1
+
+
+def test_rows_and_classes_of_the_guard_are_those_of_evaluate():
+    net, x = jn.from_linen(jn.models.MLP((), classes=2)), np.full((4, 3), 0.5, np.float32)
+    settings = {"attack": partial(jn.attacks.fgsm, threat=jn.Linf(0.1)), "threat": jn.Linf(0.1), "steps": 1}
+    state = jn.training.init_state(KEY, *net.init(KEY, x), optax.sgd(0.1))
+    lists, arrays = (overfitting_guard(KEY, net, x, y, **settings)(state) for y in ([0] * 4, np.zeros(4, int)))
+    assert lists == arrays
+    with pytest.raises(ValueError, match="overfitting_guard takes rows inside the threat's box"):
+        overfitting_guard(KEY, net, 255 * x, np.zeros(4, int), **settings)
+
+
 def test_the_whole_box_of_a_threat():
     x = np.zeros((2, 3, 1), np.float32)
     mask = np.array([[True], [False], [True]])
@@ -170,3 +196,14 @@ def test_gradient_norms_are_of_all_weights_of_a_layer():
 ], ids=["rbf_network", "lenet5", "vit", "resnet"])  # fmt: skip
 def test_gradient_norms_are_in_the_order_of_the_layers(module, image, layers):
     assert list(gradient_norms(module, *image)) == layers
+
+
+def test_gradient_norms_are_of_recurrent_layers_too():
+    class Recurrent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(nn.RNN(nn.GRUCell(8))(x)[:, -1])
+
+    found = gradient_norms(Recurrent(), 6, 4)
+    assert {"head", "GRUCell_0/hz", "GRUCell_0/in"} <= found.keys()
+    assert all(norm > 0 for norm in found.values())

@@ -210,13 +210,44 @@ def test_a_box_without_an_end_holds_all(rows, ends):
 def test_classes_that_the_model_does_not_have_are_refused(rows, bad):
     x, y = rows
     y = np.append(y[:-1], bad)
-    with pytest.raises(ValueError, match=f"integer classes from 0 to 1, one for each logit, got {y.dtype} from"):
+    said = rf"takes integer classes from 0 to 1, one for each of 43 rows, got {y.dtype}\[43\] from"
+    with pytest.raises(ValueError, match=f"evaluate {said}"):
         evaluate(KEY, model, x, y, {"fgsm": FGSM}, threat=THREAT)
+    with pytest.raises(ValueError, match=f"robustness_curve {said}"):
+        robustness_curve(KEY, model, x, y, jn.attacks.fgsm, threat=THREAT, epsilons=np.array([0.0, 0.1]))
+
+
+def test_classes_in_a_column_are_refused(rows):
+    """As some data sets have them: they would be taken for distributions over one class."""
+    x, y = rows
+    with pytest.raises(ValueError, match=r"evaluate takes integer classes .* of 43 rows, got int32\[43, 1\] from"):
+        evaluate(KEY, model, x, y[:, None], {}, threat=THREAT)
+
+
+@pytest.mark.parametrize("name", ["clean", "worst case"])
+def test_attacks_do_not_have_the_names_of_other_lines(rows, name):
+    with pytest.raises(ValueError, match=f"attacks may not be called {name}"):
+        evaluate(KEY, model, *rows, {name: FGSM}, threat=THREAT)
+
+
+def test_an_epsilon_that_is_no_number_allows_nothing(rows):
+    x, _ = rows
+    with pytest.raises(InvalidExample, match="leaves the ball"):
+        verify("far", np.clip(x + 0.1, 0, 1), x, jn.Linf(np.nan))
+    with pytest.raises(ValueError, match="epsilon must be 0 or more, got nan"):
+        jn.attacks.pgd(KEY, model, *rows, threat=jn.Linf(np.nan))
 
 
 def test_epsilons_of_a_curve_must_rise(rows):
-    with pytest.raises(ValueError, match="rising epsilons"):
-        robustness_curve(KEY, model, *rows, jn.attacks.fgsm, threat=THREAT, epsilons=np.array([0.1, 0.0]))
+    for epsilons in ([0.1, 0.0], [-0.1, 0.1], [0.0, np.nan]):
+        with pytest.raises(ValueError, match="epsilons that rise from 0 or more"):
+            robustness_curve(KEY, model, *rows, jn.attacks.fgsm, threat=THREAT, epsilons=np.array(epsilons))
+
+
+def test_rows_of_a_curve_lie_in_the_box(rows):
+    x, y = rows
+    with pytest.raises(ValueError, match="robustness_curve takes rows inside the threat's box"):
+        robustness_curve(KEY, model, 255 * x, y, jn.attacks.fgsm, threat=THREAT, epsilons=np.array([0.0, 0.1]))
 
 
 def test_rows_in_a_box_of_bytes_and_in_double_precision():

@@ -10,7 +10,7 @@ import pytest
 
 import jaxnets as jn
 from jaxnets.cli import Verify
-from jaxnets.commands.verify import verify
+from jaxnets.commands.verify import _compare, verify
 from jaxnets.verification import Examples, InvalidExample, check_examples, load_examples, save_examples
 
 
@@ -101,6 +101,9 @@ def test_a_damaged_file_is_said_to_be(tmp_path, damage):
     (altered(survived={"push": np.ones(6, bool)}), "survived/clean is missing"),
     (altered(survived={"clean": np.ones(6, bool), "push": np.ones(5, bool)}), "survived/push does not fit"),
     (altered(survived={"clean": np.ones(6, bool), "push": np.ones(6)}), "survived/push .* it is float64"),
+    (altered(x_adv={"push": np.ones((6, 2), complex)}), "x_adv/push .* it is complex128"),
+    (altered(x=np.full((6, 2), "a")), r"x does not fit x of shape \(6, 2\): it is <U1"),
+    (altered(y=np.ones(6)), "y .* it is float64"),
 ])  # fmt: skip
 def test_contents_that_do_not_fit_are_named(tmp_path, bad, said):
     save_examples(tmp_path / "a.npz", bad)
@@ -139,3 +142,32 @@ def test_the_file_is_plain(tmp_path):
     save_examples(tmp_path / "a.npz", examples())
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         assert json.loads(str(file["about"]))["threat"] == "Linf"
+
+
+STAGES = {
+    "clean": [1, 1, 1, 1, 1, 0],
+    "auto: first": [1, 1, 1, 0, 1, 0],
+    "auto: second": [1, 0, 1, 0, 1, 0],
+    "auto": [1, 0, 1, 0, 1, 0],
+}
+
+
+def staged(**changes):
+    """A file of a cascade, and its survivors found anew."""
+    survived = {name: np.array(rows, bool) for name, rows in (STAGES | changes).items() if rows is not None}
+    return altered(x_adv={"auto": examples().x}, survived=survived), {
+        name: np.array(STAGES[name], bool) for name in ("clean", "auto")
+    }
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"auto: second": [1, 0, 1, 1, 1, 0]}, "'auto: second': rows survive it that had fallen before"),
+    ({"auto: first": [1] * 6}, "'auto: first': rows survive it that had fallen before"),
+    ({"auto: second": [0] * 6}, "'auto': other rows survive it than its last stage"),
+    ({"gone": [1] * 6}, "'gone': the file has no examples of it"),
+    ({"auto": [1] * 6}, "'auto': 3 of 6 rows are classified otherwise"),
+])  # fmt: skip
+def test_stages_of_a_cascade_fit_each_other(changes, said):
+    _compare(*staged())
+    with pytest.raises(InvalidExample, match=said):
+        _compare(*staged(**changes))

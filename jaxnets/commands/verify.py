@@ -48,3 +48,21 @@ def _compare(examples: Examples, survivors: dict[str, np.ndarray]) -> None:
                 f"attack {name!r}: {len(wrong)} of {len(rows)} rows are classified otherwise than the file says, "
                 f"row {wrong[0]} first: it was made for other weights, or altered"
             )
+    _check_stages(examples, survivors)
+
+
+def _check_stages(examples: Examples, survivors: dict[str, np.ndarray]) -> None:
+    """Those of a cascade, without examples of their own: rows can but fall, and the last stage leaves what it does."""
+    left = dict.fromkeys(examples.survived.keys() - survivors.keys())
+    for name, whole in survivors.items():
+        stages = [stage for stage in examples.survived if stage in left and stage.startswith(f"{name}: ")]
+        before = survivors["clean"]
+        for stage in stages:
+            del left[stage]
+            if (examples.survived[stage] & ~before).any():
+                raise InvalidExample(f"attack {stage!r}: rows survive it that had fallen before: it was altered")
+            before = examples.survived[stage]
+        if stages and not np.array_equal(before, whole):
+            raise InvalidExample(f"attack {name!r}: other rows survive it than its last stage: it was altered")
+    if left:
+        raise InvalidExample(f"attack {min(left)!r}: the file has no examples of it: it was altered")

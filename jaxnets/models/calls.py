@@ -1,6 +1,8 @@
-"""What a network calls, in order: how weights from elsewhere are laid against its layers."""
+"""How a network is called, and what it calls in turn: how weights from elsewhere are laid against its layers."""
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,6 +28,12 @@ class Calls(NamedTuple):
     channels: dict[Path, int | None]
 
 
+def mode(module: nn.Module, *, training: bool) -> dict[str, Any]:
+    """What says to ``__call__`` whether it trains: ``train``, and its opposite ``deterministic``, where it has them."""
+    said = {"train": training, "deterministic": not training}
+    return {name: said[name] for name in inspect.signature(type(module).__call__).parameters if name in said}
+
+
 def calls(module: nn.Module, image: tuple[int, ...]) -> Calls:
     """Traces ``module`` on one image ``[H, W, C]``, or one input of another shape; nothing is computed.
 
@@ -49,7 +57,8 @@ def calls(module: nn.Module, image: tuple[int, ...]) -> Calls:
 
     with nn.intercept_methods(watch):
         x = jax.ShapeDtypeStruct((1, *image), jnp.float32)
-        variables = dict(jax.eval_shape(module.init, jax.random.key(0), x))
+        init = partial(module.init, **mode(module, training=False))
+        variables = dict(jax.eval_shape(init, jax.random.key(0), x))
     return Calls(variables.pop("params", {}), variables, seen)
 
 

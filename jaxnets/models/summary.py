@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
+
+from jaxnets.models.calls import mode
 
 _COLUMNS = ("layer", "output", "parameters", "MFLOPs")
 
@@ -27,7 +30,8 @@ class Summary(NamedTuple):
     Attributes:
       layers: those of at most the wanted depth; a block counts what its parts count.
       parameters: trained numbers.
-      flops: multiplications and additions of all dense layers and convolutions, and of attention, for one image.
+      flops: multiplications and additions of all dense layers and convolutions, and of attention, for one image; those
+        within `flax.linen.scan` and recurrent layers count as one step.
       statistics: numbers that training moves and inference uses.
       activations: numbers that layers give for one image, from which the memory of a backward pass can be guessed; a
         layer that gives back its very input, as dropout in inference and a shortcut without parameters, counts none.
@@ -71,10 +75,11 @@ def summary(module: nn.Module, image: tuple[int, ...], depth: int = 1) -> Summar
     1,620 parameters (6.3 KiB as float32), 0 statistics
     an image: 0.00 MFLOPs, 40 activations (160 B)
     """
-    variables, outputs, idle = _shapes(module, image)
+    variables, outputs, flops, idle = _shapes(module, image)
     params = _flat(variables.get("params", {}))
     statistics = sum(leaf.size for name in variables if name != "params" for leaf in jax.tree.leaves(variables[name]))
-    flops = {name: _flops(name, output, params, outputs) for name, output in outputs.items()}
+    for name in outputs:
+        flops[name] = flops.get(name, 0) + _of_attention(name, outputs)
 
     def within(values: dict[str, int], name: str) -> int:
         return sum(value for other, value in values.items() if f"{other}/".startswith(f"{name}/"))
@@ -90,44 +95,62 @@ def summary(module: nn.Module, image: tuple[int, ...], depth: int = 1) -> Summar
     return Summary(layers, sum(sizes.values()), sum(flops.values()), statistics, activations)
 
 
-def _shapes(module: nn.Module, image: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
-    """The variables; what each layer gives for one image, in the order of the calls; which give back their input."""
-    order, idle = [], set()
+def _shapes(
+    module: nn.Module, image: tuple[int, ...]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, int], set[str]]:
+    """The variables; what each layer gives for one image, in the order of the calls; its operations; the idle ones.
+
+    These give back their input.
+    """
+    order, flops, idle = [], {}, set()
 
     def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         out = call(*args, **kwargs)
-        if context.method_name == "__call__" and args and out is args[0]:
-            idle.add("/".join(context.module.path))
+        if context.method_name == "__call__" and args:
+            name = "/".join(context.module.path)
+            flops[name] = flops.get(name, 0) + _flops(context.module, args[0], out)
+            if out is args[0]:
+                idle.add(name)
         return out
 
     def run(key, x):
         with nn.intercept_methods(watch):
-            _, variables = module.init_with_output(key, x, capture_intermediates=True)
+            _, variables = module.init_with_output(key, x, capture_intermediates=True, **mode(module, training=False))
         captured = _flat(variables.pop("intermediates"))  # pyright: ignore
-        # What modules sow by other names belongs to layers that are there already.
-        calls = {path: values[0] for path, values in captured.items() if path.endswith("__call__")}
-        first = {path.removesuffix("__call__").strip("/"): value for path, value in calls.items()}
+        # What modules sow by other names belongs to layers that are there already; of several results the first is it.
+        calls = {path: jax.tree.leaves(values)[:1] for path, values in captured.items() if path.endswith("__call__")}
+        first = {path.removesuffix("__call__").strip("/"): value for path, values in calls.items() for value in values}
         order.extend(name for name in first if name)
         return variables, first
 
     variables, outputs = jax.eval_shape(run, jax.random.key(0), jax.ShapeDtypeStruct((1, *image), jnp.float32))
-    return variables, {name: outputs[name] for name in order}, idle
+    return variables, {name: outputs[name] for name in order}, flops, idle
 
 
 def _flat(tree: Any) -> dict[str, Any]:
     return {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(tree).items()}
 
 
-def _flops(name: str, output: Any, params: dict[str, Any], outputs: dict[str, Any]) -> int:
-    """Two for each weight and place of a layer's own kernel; of attention, those of its two products of sequences."""
-    if f"{name}/query" in outputs:
-        _, length, *vector = outputs[f"{name}/query"].shape
-        return 2 * 2 * length * length * math.prod(vector)
-    kernels = [leaf for path, leaf in params.items() if path.startswith(f"{name}/kernel")]
+def _flops(module: nn.Module, x: Any, out: Any) -> int:
+    """Two for each weight of the module's own kernels and place that it is at, in one call."""
+    params = module.variables.get("params", {})
+    kernels = [leaf for name, leaf in params.items() if name.startswith("kernel") and hasattr(leaf, "size")]
     if not kernels:
         return 0
-    features = params[f"{name}/bias"].size if f"{name}/bias" in params else kernels[0].shape[-1]
-    return 2 * sum(kernel.size for kernel in kernels) * math.prod(output.shape) // features
+    if isinstance(module, nn.ConvTranspose):
+        places = math.prod(x.shape[:-1])
+    else:
+        features = params["bias"].size if "bias" in params else np.prod(getattr(module, "features", out.shape[-1]))
+        places = math.prod(out.shape) // int(features)
+    return 2 * sum(kernel.size for kernel in kernels) * places
+
+
+def _of_attention(name: str, outputs: dict[str, Any]) -> int:
+    """Of its two products of sequences."""
+    if f"{name}/query" not in outputs:
+        return 0
+    _, length, *vector = outputs[f"{name}/query"].shape
+    return 2 * 2 * length * length * math.prod(vector)
 
 
 def _bytes(numbers: int) -> str:

@@ -13,12 +13,13 @@ from jaxnets.types import Array
 
 
 def check_one_a_row(x: Array, **values: Any) -> None:
-    """Raises ValueError unless every one of ``values`` is a scalar or ``[B]``, and for an epsilon below 0.
+    """Raises ValueError unless every one of ``values`` is a scalar or ``[B]``, and for an epsilon below 0 or NaN.
 
     That of an array on a device is not looked at, which would wait for it.
     """
-    if "epsilon" in values and not isinstance(values["epsilon"], jax.Array) and np.any(np.less(values["epsilon"], 0)):
-        raise ValueError(f"epsilon must be 0 or more, got {values['epsilon']}")
+    epsilon = values.get("epsilon", 0)
+    if not isinstance(epsilon, jax.Array) and not np.all(np.greater_equal(epsilon, 0)):
+        raise ValueError(f"epsilon must be 0 or more, got {epsilon}")
     for name, value in values.items():
         if jnp.shape(value) not in ((), (len(x),)):
             raise ValueError(
