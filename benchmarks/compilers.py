@@ -4,11 +4,11 @@ Command: ``python -m benchmarks.compilers "resnet18_64 train-pgd-10 linf 512 bf1
 """
 
 import os
-import statistics
 import sys
 from typing import NamedTuple
 
 from benchmarks.process import Side
+from benchmarks.speed import Timing, timing
 from benchmarks.work import Work, parse
 
 ROUNDS = 10
@@ -35,8 +35,8 @@ SETTINGS = {
 }
 
 
-def measured(work: Work, rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
-    """By setting, seconds of the first call, which compiles, and the median of the others; all in turns."""
+def measured(work: Work, rounds: int = ROUNDS) -> dict[str, Timing]:
+    """By setting, all in turns."""
     given = os.environ.get("XLA_FLAGS", "")
     sides = {
         name: Side(one.side, settings={"XLA_FLAGS": f"{given} {one.flags}".strip()}) for name, one in SETTINGS.items()
@@ -46,8 +46,7 @@ def measured(work: Work, rounds: int = ROUNDS) -> dict[str, tuple[float, float]]
     finally:
         for side in sides.values():
             side.close()
-    first, *later = [[answer.seconds for answer in found] for found in answers]
-    return dict(zip(sides, zip(first, map(statistics.median, zip(*later, strict=True)), strict=True), strict=True))
+    return {name: timing(found) for name, found in zip(sides, zip(*answers, strict=True), strict=True)}
 
 
 def main() -> None:
@@ -58,8 +57,8 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"benchmarks.compilers: {error}") from None
     print(f"{work!s:32}{'first call':>12}{'others':>10}")
-    for name, (first, others) in measured(work).items():
-        print(f"{name:32}{first:10.1f} s{1000 * others:7.1f} ms")
+    for name, found in measured(work).items():
+        print(f"{name:32}" + (found.missing or f"{found.first:10.1f} s{1000 * found.median:7.1f} ms"))
 
 
 if __name__ == "__main__":

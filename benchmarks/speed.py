@@ -56,7 +56,7 @@ def measure(
     try:
         for work, least in zip(works, limits, strict=True):
             answers = [[side.ask(work) for side in started.values()] for _ in range(1 + rounds)]
-            by_side = {name: _timing(found) for name, found in zip(started, zip(*answers, strict=True), strict=True)}
+            by_side = {name: timing(found) for name, found in zip(started, zip(*answers, strict=True), strict=True)}
             yield Row(work, least, by_side)
     finally:
         for side in started.values():
@@ -68,7 +68,8 @@ def _limit(work: Work, rates: limit.Rates, data_dir: Path | None) -> limit.Secon
     return cost.seconds(rates) if cost else None
 
 
-def _timing(answers: Iterable[Answer]) -> Timing:
+def timing(answers: Iterable[Answer]) -> Timing:
+    """Of one side on one work, from what it answered."""
     first, *later = answers
     seconds = [answer.seconds for answer in later or [first]]
     missing = next((answer.missing for answer in (first, *later) if answer.missing), "")
