@@ -40,10 +40,10 @@ class Classifier(NamedTuple):
 def from_linen(module: nn.Module) -> Classifier:
     """A `Classifier` of a Linen module.
 
-    Where the module's ``__call__`` has an argument ``train`` it is true in training and false in inference; an argument
-    ``deterministic`` is the opposite. All collections but ``params`` are statistics; randomness is drawn from the
-    stream ``dropout``. Training raises ValueError for a collection that grows in every call, as what modules sow does
-    unless it is sown into ``intermediates``.
+    Where the module's ``__call__`` has an argument ``train`` or ``training`` it is true in training and false in
+    inference; an argument ``deterministic`` is the opposite. All collections but ``params`` are statistics; randomness
+    is drawn from the stream ``dropout``. Training raises ValueError for a collection that grows in every call, as what
+    modules sow does unless it is sown into ``intermediates``.
 
     Equal modules get the same functions, for which a compiled attack is not compiled again.
 

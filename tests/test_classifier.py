@@ -161,14 +161,23 @@ def test_collections_that_grow_are_refused():
     assert net.train(params, stats, x, KEY)[1] == {}
 
 
-def test_train_and_deterministic_are_both_said():
-    class Both(nn.Module):
-        @nn.compact
-        def __call__(self, x, train=False, deterministic=True):
-            x = nn.BatchNorm(use_running_average=not train)(x)
-            return nn.Dropout(0.5, deterministic=deterministic)(x)
+class Named(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False, deterministic=True):
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        return nn.Dropout(0.5, deterministic=deterministic)(x)
 
-    net, x = jn.from_linen(Both()), jax.random.uniform(KEY, (8, 6))
+
+class NamedOtherwise(nn.Module):
+    @nn.compact
+    def __call__(self, x, training=False):
+        x = nn.BatchNorm(use_running_average=not training)(x)
+        return nn.Dropout(0.5)(x, deterministic=not training)
+
+
+@pytest.mark.parametrize("module", [Named(), NamedOtherwise()])
+def test_modules_are_told_by_every_name_that_they_train(module):
+    net, x = jn.from_linen(module), jax.random.uniform(KEY, (8, 6))
     params, stats = net.init(KEY, x)
     (one, moved), (other, _) = (net.train(params, stats, x, jax.random.key(seed)) for seed in (1, 2))
     assert (one != other).any()

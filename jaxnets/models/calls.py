@@ -29,8 +29,8 @@ class Calls(NamedTuple):
 
 
 def mode(module: nn.Module, *, training: bool) -> dict[str, Any]:
-    """What says to ``__call__`` whether it trains: ``train``, and its opposite ``deterministic``, where it has them."""
-    said = {"train": training, "deterministic": not training}
+    """Of ``train``, ``training`` and their opposite ``deterministic`` those that ``__call__`` takes."""
+    said = {"train": training, "training": training, "deterministic": not training}
     return {name: said[name] for name in inspect.signature(type(module).__call__).parameters if name in said}
 
 
