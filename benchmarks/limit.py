@@ -70,7 +70,11 @@ def cost(function: Callable[..., Any], *arguments: Any) -> Cost:
 
 def of_work(work: Work, loaded: Loaded) -> Cost | None:
     """The gradients and forward passes of the work, and nothing besides; None where their number is not fixed."""
+    if not (work.steps or work.trains):
+        return None
     x, y, model = jnp.asarray(loaded.x), jnp.asarray(loaded.y), loaded.model
+    if work.method == "square":
+        return cost(model, x).times(work.steps)
     by_input = cost(jax.grad(lambda x: jnp.sum(jn.losses.cross_entropy(model(x), y))), x)
     if work.method == "train-trades":
         trades = jn.objectives.trades(loaded.net, lambda key, model, x, y, **settings: x)
@@ -78,9 +82,7 @@ def of_work(work: Work, loaded: Loaded) -> Cost | None:
     if work.trains:
         steps = work.steps or 1
         return by_input.times(steps).plus(_of_objective(jn.objectives.standard(loaded.net), loaded))
-    if work.method == "square":
-        return cost(model, x).times(work.steps)
-    return by_input.times(work.steps) if work.steps else None
+    return by_input.times(work.steps)
 
 
 def _of_objective(objective: Any, loaded: Loaded) -> Cost:

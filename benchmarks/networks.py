@@ -83,8 +83,8 @@ def load(name: str, *, data_dir: Path | None = None, rows: int = 1000, precision
     net = _computing_in(precision, network.module)
     if network.training is None:
         x = np.random.default_rng(0).uniform(size=(rows, *network.image)).astype(np.float32)
-        params, stats = net.init(jax.random.key(0), x[:1])
-        y = np.argmax(net.logits_fn(params, stats)(x), axis=-1)
+        params, stats = jax.jit(net.init)(jax.random.key(0), x[:1])
+        y = np.argmax(jax.jit(net.infer)(params, stats, x), axis=-1)
     else:
         data = jn.data.load(network.training.data, data_dir)
         params, stats = _trained(name, network.module, network.training, data)

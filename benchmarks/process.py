@@ -107,11 +107,13 @@ def _answer(name: str, work: Work, calls: dict[Work, Any], data_dir: Path | None
 
 
 def _prepared(name: str, work: Work, data_dir: Path | None) -> tuple[Callable[[], Any], Callable[[Any], float]]:
+    import jax
+
     from benchmarks import networks
 
     side = importlib.import_module(f"benchmarks.sides.{name}")
     loaded = networks.load(work.network, data_dir=data_dir, rows=work.rows, precision=work.precision)
-    model = loaded.model
+    model = jax.jit(loaded.model)
     right = np.argmax(model(loaded.x), axis=-1) == loaded.y
 
     def survivors(x_adv: Any) -> float:

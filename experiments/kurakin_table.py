@@ -55,10 +55,10 @@ class Form(NamedTuple):
     rows: int
 
 
-NARROW = partial(models.cifar_resnet, width=8)
+NARROW, STEM = partial(models.cifar_resnet, width=8), models.cifar_stem
 FORMS = {
     "narrow": Form(partial(NARROW, 20), partial(NARROW, 32), 10_000, 8, 1000),
-    "full": Form(partial(models.resnet18, 10), partial(models.resnet50, 10), 50_000, 40, 10_000),
+    "full": Form(partial(models.resnet18, 10, stem=STEM), partial(models.resnet50, 10, stem=STEM), 50_000, 40, 10_000),
 }
 OBJECTIVES: dict[str, Callable[[jn.Classifier], Any]] = {
     "standard": lambda net: objectives.standard(net),
@@ -131,16 +131,17 @@ def run(
 
 def _top(key: jax.Array, model: Any, x: np.ndarray, y: np.ndarray, epsilon: float) -> tuple[float, float]:
     """Top-1 and top-5 accuracy of all rows under one step towards the least likely class, as published."""
-
-    @jax.jit
-    def places(model: Any, x: jax.Array, y: jax.Array, epsilon: float) -> jax.Array:
-        logits = model(attacks.least_likely_class(key, model, x, y, threat=jn.Linf(epsilon)))
-        return jnp.sum(logits > jnp.take_along_axis(logits, y[:, None], axis=1), axis=1)
-
     found = np.zeros(len(y), int)
     for rows, valid in jn.data.padded_batches(len(y), 100):
-        found[rows[:valid]] = np.asarray(places(model, x[rows], y[rows], epsilon))[:valid]
+        found[rows[:valid]] = np.asarray(_places(key, model, x[rows], y[rows], epsilon))[:valid]
     return float(np.mean(found < 1)), float(np.mean(found < 5))
+
+
+@jax.jit
+def _places(key: jax.Array, model: Any, x: jax.Array, y: jax.Array, epsilon: float) -> jax.Array:
+    """How many classes come before each row's own."""
+    logits = model(attacks.least_likely_class(key, model, x, y, threat=jn.Linf(epsilon)))
+    return jnp.sum(logits > jnp.take_along_axis(logits, y[:, None], axis=1), axis=1)
 
 
 if __name__ == "__main__":

@@ -142,12 +142,19 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _to_host(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf), tree)
+    def held(leaf: Any) -> np.ndarray:
+        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        # Orbax saves no array without entries.
+        return array if array.size else np.zeros(1, array.dtype)
+
+    return jax.tree.map(held, tree)
 
 
 def _from_host(tree: Any, like: Any) -> Any:
     def revive(leaf: np.ndarray, model: Array):
-        return jax.random.wrap_key_data(jnp.asarray(leaf), impl=jax.random.key_impl(model)) if _is_key(model) else leaf
+        if _is_key(model):
+            return jax.random.wrap_key_data(jnp.asarray(leaf), impl=jax.random.key_impl(model))
+        return leaf if np.size(model) else np.zeros(np.shape(model), leaf.dtype)
 
     return jax.tree.map(revive, tree, like)
 

@@ -7,7 +7,8 @@ import optax
 def triangular(peak: float, total_steps: int, *, top: float = 0.4) -> optax.Schedule:
     """From 0 up to ``peak`` at ``top * total_steps``, and down to 0 at ``total_steps``: one cycle of the cyclic rate.
 
-    Step ``t`` (0, 1, ...) takes the value at ``t + 1``, so that no step but the last is taken at rate 0.
+    Step ``t`` (0, 1, ...) takes the value at ``t + 1``, so that no step but the last is taken at rate 0. On CIFAR-10
+    Wong et al. have ``top`` at 0.5.
 
     Smith 2017, https://arxiv.org/abs/1506.01186; Wong et al. 2020, https://arxiv.org/abs/2001.03994.
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.checkpoint import Checkpoints
+from jaxnets.draws import is_threefry
 from jaxnets.fit import restore_best
 from jaxnets.metrics import read_metrics, write_metrics
 from jaxnets.training import Step, TrainState
-from jaxnets.types import Batch, Metrics
+from jaxnets.types import Array, Batch, Metrics
 
 Over = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Maps a function over the leading axis of all leaves of its arguments: `jax.vmap` or `in_turn`."""
@@ -42,8 +43,7 @@ def sweep(step_of: Callable[[Any], Step], settings: Any, *, over: Over | None = 
     def one(setting: Any, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return step_of(setting)(state, batch)
 
-    mapped = (over or _faster())(one)
-    return lambda states, batches: mapped(settings, states, batches)
+    return lambda states, batches: (over or _faster(states.key))(one)(settings, states, batches)
 
 
 def in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,10 +95,11 @@ def _save_once(checkpoints: Checkpoints, step: int, tree: Any) -> None:
         checkpoints.save(step, tree)
 
 
-def _faster() -> Over:
+def _faster(key: Array) -> Over:
     """In turn on CPUs, whose convolutions with eight kernels at once, grouped ones, are slow; elsewhere together.
 
     Over several devices in turn as well: XLA shards grouped convolutions by gathering all rows, in every attack step.
+    And with keys of another implementation than threefry, of which members together would draw what the first draws.
 
     Milliseconds a step of eight networks against PGD-5, batch 64, on two CPU cores (``benchmarks/sweeps.py``); on
     accelerators nothing was measured::
@@ -108,4 +109,5 @@ def _faster() -> Over:
         SmallCNN on 8x8     14.7      11.3          12.3
         SmallCNN on 28x28  202.6      84.7          80.3
     """
-    return in_turn if jax.default_backend() == "cpu" or jax.device_count() > 1 else jax.vmap
+    together = jax.default_backend() != "cpu" and jax.device_count() == 1 and is_threefry(key)
+    return jax.vmap if together else in_turn

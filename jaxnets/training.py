@@ -48,6 +48,8 @@ def make_step(objective: Objective, optimizer: optax.GradientTransformation) -> 
     """``(state, batch) -> (state, metrics)``: one update by the gradient of ``objective``. The caller jits it once.
 
     Optimizers that ask for the value, the gradient or the function itself (`optax.lbfgs`, `optax.polyak_sgd`) get them.
+    ``params`` of a schedule-free optimizer are where its gradients are taken: evaluate
+    `optax.contrib.schedule_free_eval_params` of ``opt_state`` and them.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

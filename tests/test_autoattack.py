@@ -230,3 +230,17 @@ def test_plus_leaves_no_more_than_standard():
     left = {version: autoattack(KEY, linear(), x, y, threat=threat, version=version) for version in (standard, plus)}
     survivors = [int((jnp.argmax(linear()(x_adv), axis=1) == y).sum()) for x_adv in left.values()]
     assert 0 < survivors[1] <= survivors[0] < 12
+
+
+def test_a_model_is_not_compiled_again_to_be_looked_at():
+    traced = []
+
+    def watched(x):
+        traced.append(len(x))
+        return linear()(x)
+
+    x, y = np.asarray(images(4)), np.zeros(4, int)
+    first = jn.attacks.check_model(jax.random.key(0), watched, x, y)
+    count = len(traced)
+    assert jn.attacks.check_model(jax.random.key(1), watched, x, y) == first
+    assert len(traced) == count > 0

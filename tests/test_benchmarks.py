@@ -83,7 +83,7 @@ def test_attacks_stay_in_the_ball_and_raise_the_loss(side, norm, loaded):
     done = work.Work("madry_cnn", "pgd", 3, norm, 4)
     found = loaded("madry_cnn")
     x_adv = side.make(done, found)()
-    jn.verification.verify(norm, x_adv, found.x, jaxnets.THREATS[norm](done.epsilon))
+    jn.verification.verify(norm, x_adv, found.x, jaxnets._threat(done))
     before, after = (float(jnp.mean(jn.losses.cross_entropy(found.model(x), found.y))) for x in (found.x, x_adv))
     assert after > before + 0.1
 

@@ -113,3 +113,12 @@ def test_another_structure_is_an_error(tmp_path, state):
     Checkpoints(tmp_path).save(10, state)
     with pytest.raises(CheckpointError):
         Checkpoints(tmp_path).restore(state._replace(opt_state=optax.sgd(1.0, momentum=0.9).init(state.params)))
+
+
+def test_arrays_without_entries_are_kept(tmp_path, state):
+    """Some optimizers have them, of which Orbax saves none."""
+    state = state._replace(stats={"none": jnp.zeros((0, 3)), "one": jnp.ones(1)})
+    Checkpoints(tmp_path).save(1, state)
+    restored = Checkpoints(tmp_path).restore(state)
+    assert_same(restored, state)
+    assert restored.stats["none"].shape == (0, 3)

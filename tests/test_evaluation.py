@@ -262,3 +262,27 @@ def test_rows_in_a_box_of_bytes_and_in_double_precision():
     for threat in (jn.L0(3), jn.Masked(np.arange(6) < 3, 0.3)):
         pgd = {"pgd": partial(jn.attacks.pgd, threat=threat, steps=3)}
         assert evaluate(KEY, model, x, np.argmax(model(x), 1), pgd, threat=threat).accuracies()["clean"] == 1
+
+
+def test_networks_in_half_precision_are_crossed_where_they_round():
+    """An attack that sees the logits before they are rounded stops at what the next program calls a tie."""
+    net, threat = jn.from_linen(jn.models.MLP((), dtype=jnp.bfloat16)), jn.L2(100.0, lower=-9.0, upper=9.0)
+    x = np.random.default_rng(0).uniform(-1, 1, size=(64, 16)).astype(np.float32)
+    params, stats = net.init(KEY, x)
+    params["Dense_0"]["bias"] += 20.0
+    half = net.logits_fn(params, stats)
+    y = np.argmax(half(x), axis=-1)
+    found = evaluate(KEY, half, x, y, {"ddn": partial(jn.attacks.ddn, threat=threat)}, threat=threat)
+    assert found.accuracies() == {"clean": 1.0, "ddn": 0.0, "worst case": 0.0}
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_batches_do_not_matter_with_keys_of_any_kind(rows, kind):
+    attack = partial(jn.attacks.fgsm, threat=THREAT, start=jn.attacks.uniform, step_size=0.01)
+    key = jax.random.key(0, impl=kind)
+    found, other = (
+        evaluate(key, model, *rows, {"fgsm": attack}, threat=THREAT, batch_size=size).examples["fgsm"]
+        for size in (8, 40)
+    )
+    np.testing.assert_array_equal(found, other)
+    assert len(np.unique(found[5:] - rows[0][5:], axis=0)) == len(found[5:])

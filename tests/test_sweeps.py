@@ -16,7 +16,7 @@ from jaxnets.checkpoint import Checkpoints
 from jaxnets.data import Split
 from jaxnets.fit import fit, restore_best
 from jaxnets.metrics import read_metrics
-from jaxnets.sweeps import in_turn, member, stack, sweep, write_members
+from jaxnets.sweeps import _faster, in_turn, member, stack, sweep, write_members
 from jaxnets.training import init_state, make_free_step, make_step, scheduled
 from jaxnets.types import Batch
 
@@ -231,3 +231,11 @@ def test_a_member_that_diverges_leaves_the_others_alone(tmp_path):
     assert np.logical_and.reduce(finite).tolist() == [True, False, True]
     with pytest.raises(FloatingPointError, match=r"the loss is \[nan, nan, nan\] at step 2"):
         loop(sweep(by_rate, jnp.full(3, np.inf)), stack(states), tmp_path / "all")
+
+
+def test_members_that_could_not_draw_together_go_in_turn(monkeypatch):
+    """As they must with keys of other kinds than threefry, of which `jax.vmap` draws all from the first."""
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setattr("jax.device_count", lambda: 1)
+    chosen = [_faster(jax.random.split(jax.random.key(0, impl=kind), 3)) for kind in ("threefry2x32", "rbg")]
+    assert chosen == [jax.vmap, in_turn]

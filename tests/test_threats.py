@@ -385,3 +385,15 @@ def test_negative_epsilons_are_refused(epsilon):
     x = jnp.full((2, 3), 0.5)
     with pytest.raises(ValueError, match="epsilon must be 0 or more, got"):
         jn.attacks.pgd(jax.random.key(0), lambda x: x, x, jnp.array([0, 1]), threat=jn.Linf(epsilon))
+
+
+@pytest.mark.parametrize("threat", [jn.L0(2), jn.L1(1.0, top=3), jn.L2(0.5)])
+def test_attacks_run_without_jit(threat):
+    """As one debugs them."""
+    x, y = jnp.linspace(0.1, 0.9, 12).reshape(3, 4), jnp.arange(3)
+    attack = partial(
+        jn.attacks.pgd, jax.random.key(0), lambda x: x * jnp.arange(1.0, 5.0), x, y, threat=threat, steps=2
+    )
+    with jax.disable_jit():
+        found = attack()
+    np.testing.assert_allclose(found, attack(), atol=1e-6)

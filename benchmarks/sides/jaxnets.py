@@ -14,7 +14,6 @@ from benchmarks.networks import Loaded
 from benchmarks.sides import NotOfferedError
 from benchmarks.work import Work
 from jaxnets import attacks, objectives
-from jaxnets.commands.run import THREATS
 from jaxnets.types import Batch
 
 
@@ -22,8 +21,12 @@ def make(work: Work, loaded: Loaded) -> Callable[[], Any]:
     return _training(work, loaded) if work.trains else _attack(work, loaded)
 
 
+def _threat(work: Work) -> Any:
+    return {"linf": jn.Linf, "l2": jn.L2, "l1": jn.L1}[work.norm](work.epsilon)
+
+
 def _attack(work: Work, loaded: Loaded) -> Callable[[], Any]:
-    threat = THREATS[work.norm](work.epsilon)
+    threat = _threat(work)
     made: dict[str, Callable[..., Any]] = {
         "pgd": partial(attacks.pgd, threat=threat, steps=work.steps, start=attacks.uniform),
         "apgd": partial(attacks.apgd, threat=threat, steps=work.steps),
@@ -39,7 +42,7 @@ def _attack(work: Work, loaded: Loaded) -> Callable[[], Any]:
 
 
 def _training(work: Work, loaded: Loaded) -> Callable[[], Any]:
-    net, threat = loaded.net, THREATS[work.norm](work.epsilon)
+    net, threat = loaded.net, _threat(work)
     pgd = partial(attacks.pgd, threat=threat, steps=work.steps)
     made: dict[str, Callable[[], Any]] = {
         "train-pgd": lambda: objectives.adversarial(net, partial(pgd, start=attacks.uniform)),

@@ -5,6 +5,9 @@ Inside a ball, by gradients: `fgsm`, `pgd` and what is made of them (`bim`, `lea
 `deepfool`, `carlini_wagner`, `ead`, `lbfgs`, `jsma`, `ddn`, `fmn`, `sigma_zero`. By scores alone: `square`, `nes`,
 `spsa`; by decisions alone: `boundary`, `hop_skip_jump`. One perturbation for all images: `universal`, `train_patch`.
 Made of attacks: `worst_of`, `restarts`, `escalate`, `eight_bit`, `on_prediction`, `cascade`, `autoattack`.
+
+Over several devices give them sharded rows, or call them inside `jax.shard_map` with ``check_vma=False``: no row waits
+for another.
 """
 
 from jaxnets.attacks.apgd import apgd, apgd_targeted

@@ -1,6 +1,7 @@
 """Reasons to doubt a model before, and an attack's result after: what makes robustness look higher than it is."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -80,9 +81,14 @@ def _look(logits_fn: Any, x: Array, y: Array) -> tuple[Array, Array]:
 
 def _draws(key: Array, logits_fn: LogitsFn, x: Array) -> bool:
     """Two draws, each traced by itself: randomness that is no argument is fixed when a function is traced."""
-    keys = row_keys(key, len(x))
-    first, second = (jax.jit(lambda x, draw=draw: redrawn(logits_fn, keys, draw)(x))(x) for draw in (0, 1))
+    keys, logits_fn = row_keys(key, len(x)), as_pytree(logits_fn)
+    first, second = (_drawn(logits_fn, keys, x, draw=draw) for draw in (0, 1))
     return not np.array_equal(first, second, equal_nan=True)
+
+
+@partial(jax.jit, static_argnames="draw")
+def _drawn(logits_fn: LogitsFn, keys: Array, x: Array, *, draw: int) -> Array:
+    return redrawn(logits_fn, keys, draw)(x)
 
 
 def _are_probabilities(logits: np.ndarray) -> bool:

@@ -23,7 +23,7 @@ def where_largest(values: Array, count: Any) -> Array:
     width = 8 * flat.dtype.itemsize - 1
 
     def narrow(number, least):
-        higher = least | (jnp.ones((), bits.dtype) << (width - 1 - number).astype(bits.dtype))
+        higher = least | (jnp.ones((), bits.dtype) << jnp.asarray(width - 1 - number, bits.dtype))
         return jnp.where(jnp.sum(bits >= higher, dtype=jnp.int32) >= count, higher, least)
 
     least = jax.lax.fori_loop(0, width, narrow, jnp.zeros((), bits.dtype))

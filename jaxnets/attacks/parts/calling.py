@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from jaxnets.draws import threefry
 from jaxnets.threats import Threat
 from jaxnets.types import Array
 
@@ -16,12 +17,14 @@ def row_keys(key: Array, rows: int) -> Array:
     """One key a row, which depends on the row's place alone and not on how many rows there are.
 
     ``key`` is one key, or one key a row already (``[B]``), by which a row keeps its key in whatever batch it comes.
+    Keys of another implementation than threefry give keys of that, for they cannot draw row by row.
 
     Raises:
       ValueError: for an array of keys whose length is not ``rows``.
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
+    key = threefry(key)
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
     if key.shape != (rows,):
@@ -66,7 +69,15 @@ def check_rows(x: Array, target: Array) -> None:
 
 
 def checked_logits(logits: Array, x: Array) -> Array:
-    """The logits in at least single precision. Raises ValueError unless they are ``[B, K]``."""
+    """The logits in at least single precision, of the values that they have in less.
+
+    Raises ValueError unless they are ``[B, K]``.
+    """
     if logits.ndim != 2 or len(logits) != len(x):
         raise ValueError(f"logits_fn must return [B, K] with B = {len(x)} rows as x has, got {list(logits.shape)}")
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if wide.dtype == logits.dtype:
+        return wide
+    # Compilers leave out a rounding that is undone at once: attacks would stop where the next program still sees a tie.
+    kind = jnp.finfo(logits.dtype)
+    return jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)

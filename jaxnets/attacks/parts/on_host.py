@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxnets import parallel
-from jaxnets.attacks.parts.calling import as_pytree, row_keys
+from jaxnets.attacks.parts.calling import as_pytree, checked_logits, row_keys
 from jaxnets.attacks.parts.queries import with_queries
 from jaxnets.attacks.parts.stochastic import redrawn
 from jaxnets.losses import is_right
@@ -144,4 +144,4 @@ def _wrap(data: Array, number: Array, *, impl: Any) -> Array:
 
 @jax.jit
 def _correct(keys: Array, logits_fn: Any, x: Array, y: Array) -> Array:
-    return is_right(redrawn(logits_fn, keys, _JUDGED)(x), y)
+    return is_right(checked_logits(redrawn(logits_fn, keys, _JUDGED)(x), x), y)
