@@ -86,10 +86,15 @@ def load(name: str, *, data_dir: Path | None = None, rows: int = 1000, precision
         params, stats = jax.jit(net.init)(jax.random.key(0), x[:1])
         y = np.argmax(jax.jit(net.infer)(params, stats, x), axis=-1)
     else:
-        data = jn.data.load(network.training.data, data_dir)
+        data = _data(network.training.data, data_dir)
         params, stats = _trained(name, network.module, network.training, data)
         x, y = jn.data.to_float(data.test.images[:rows]), data.test.labels[:rows]
     return Loaded(net, params, stats, twin_of(network, params, stats, precision), x, np.asarray(y, np.int32))
+
+
+@lru_cache(maxsize=1)
+def _data(name: str, data_dir: Path | None) -> jn.data.Dataset:
+    return jn.data.load(name, data_dir)
 
 
 def _computing_in(precision: Precision, module: Any) -> jn.Classifier:

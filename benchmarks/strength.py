@@ -1,7 +1,7 @@
 """Foolbox as an oracle: at the same steps, do our attacks leave no more survivors and no larger perturbations?
 
-Command: ``python -m benchmarks.strength`` after ``python -m benchmarks.networks``, with the extra ``peers``. Foolbox
-attacks the same JAX function, through its ``JAXModel``.
+Command: ``python -m benchmarks.strength``, with the extra ``peers``. Foolbox attacks the same JAX function, through its
+``JAXModel``.
 
 Found with jax 0.10.2 and Foolbox 3.3.4 on the SmallCNN of `benchmarks.networks` (trained against Linf 0.3), 198 rows of
 MNIST, 100 steps, on two cores of an AMD EPYC; keys 0 to 7 for PGD, 0 for the others::

@@ -135,7 +135,7 @@ def _flops(module: nn.Module, x: Any, out: Any) -> int:
     """Two for each weight of the module's own kernels and place that it is at, in one call."""
     params = module.variables.get("params", {})
     kernels = [leaf for name, leaf in params.items() if name.startswith("kernel") and hasattr(leaf, "size")]
-    if not kernels:
+    if not kernels or not hasattr(out, "shape"):
         return 0
     if isinstance(module, nn.ConvTranspose):
         places = math.prod(x.shape[:-1])
