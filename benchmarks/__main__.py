@@ -46,7 +46,7 @@ def main(settings: Settings) -> None:
         works = [parse(work) for work in settings.works]
     except ValueError as error:
         raise SystemExit(f"benchmarks: {error}") from None
-    os.environ |= environment()
+    os.environ |= environment()  # of this process too, for it computes beside the sides
     on_cpu = jax.default_backend() == "cpu"
     works = works or (ON_CPU if on_cpu else ON_GPU)
     out = settings.out or Path("benchmarks" if on_cpu else "benchmarks/gpu")

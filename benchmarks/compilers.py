@@ -8,7 +8,7 @@ import sys
 from typing import NamedTuple
 
 from benchmarks.process import Side
-from benchmarks.speed import Timing, timing
+from benchmarks.speed import Timing, in_turns
 from benchmarks.work import Work, parse
 
 ROUNDS = 10
@@ -42,11 +42,10 @@ def measured(work: Work, rounds: int = ROUNDS) -> dict[str, Timing]:
         name: Side(one.side, settings={"XLA_FLAGS": f"{given} {one.flags}".strip()}) for name, one in SETTINGS.items()
     }
     try:
-        answers = [[side.ask(work) for side in sides.values()] for _ in range(1 + rounds)]
+        return in_turns(work, sides, rounds)
     finally:
         for side in sides.values():
             side.close()
-    return {name: timing(found) for name, found in zip(sides, zip(*answers, strict=True), strict=True)}
 
 
 def main() -> None:

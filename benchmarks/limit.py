@@ -91,9 +91,9 @@ def _of_objective(objective: Any, loaded: Loaded) -> Cost:
     return cost(gradient, loaded.params, loaded.stats, batch, jax.random.key(0))
 
 
-def measured(precision: Precision = "float32", side: int | None = None, rounds: int = 10) -> Rates:
+def measured(precision: Precision, rounds: int = 10) -> Rates:
     """The best of some products of square matrices, 2048 wide or on GPUs 8192, and of some sums of long arrays."""
-    side = side or (2048 if jax.default_backend() == "cpu" else 8192)
+    side = 2048 if jax.default_backend() == "cpu" else 8192
     # Random numbers, for GPUs multiply others faster.
     matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16 if precision == "bf16" else jnp.float32)
     long = jnp.ones(1 << 26, jnp.float32)

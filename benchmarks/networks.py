@@ -116,7 +116,7 @@ def _trained(name: str, module: Any, how: Training, data: jn.data.Dataset) -> tu
         state = jn.training.init_state(train_key, params, stats, optimizer)
         settings = {"folder": FOLDER / place, "epochs": epochs, "batch_size": how.batch_size}
         objective = jn.objectives.adversarial(net, attack)
-        if how.augmentations:
+        if how.augmentations:  # else the attack would draw from another key
             objective = jn.objectives.augmented(objective, *how.augmentations)
         step = jn.training.make_step(objective, optimizer)
         return jn.fit.fit(step, state, data.train, **settings)

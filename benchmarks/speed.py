@@ -55,12 +55,16 @@ def measure(
     started = {name: Side(name, data_dir=data_dir) for name in sides}
     try:
         for work, least in zip(works, limits, strict=True):
-            answers = [[side.ask(work) for side in started.values()] for _ in range(1 + rounds)]
-            by_side = {name: timing(found) for name, found in zip(started, zip(*answers, strict=True), strict=True)}
-            yield Row(work, least, by_side)
+            yield Row(work, least, in_turns(work, started, rounds))
     finally:
         for side in started.values():
             side.close()
+
+
+def in_turns(work: Work, sides: Mapping[str, Side], rounds: int) -> dict[str, Timing]:
+    """One work by each side: one call that compiles, then ``rounds`` in turns."""
+    answers = [[side.ask(work) for side in sides.values()] for _ in range(1 + rounds)]
+    return {name: timing(found) for name, found in zip(sides, zip(*answers, strict=True), strict=True)}
 
 
 def _limit(work: Work, rates: limit.Rates, data_dir: Path | None) -> limit.Seconds | None:

@@ -55,10 +55,11 @@ class Form(NamedTuple):
     rows: int
 
 
-NARROW, STEM = partial(models.cifar_resnet, width=8), models.cifar_stem
+NARROW = partial(models.cifar_resnet, width=8)
+WIDE = {"classes": 10, "stem": models.cifar_stem}
 FORMS = {
     "narrow": Form(partial(NARROW, 20), partial(NARROW, 32), 10_000, 8, 1000),
-    "full": Form(partial(models.resnet18, 10, stem=STEM), partial(models.resnet50, 10, stem=STEM), 50_000, 40, 10_000),
+    "full": Form(partial(models.resnet18, **WIDE), partial(models.resnet50, **WIDE), 50_000, 40, 10_000),
 }
 OBJECTIVES: dict[str, Callable[[jn.Classifier], Any]] = {
     "standard": lambda net: objectives.standard(net),

@@ -118,7 +118,6 @@ def masked_gradients(
     if black_box is None:
         black_box = {"square": partial(square, threat=threat, queries=500)}
     logits_fn = as_pytree(logits_fn)
-    y = np.asarray(y)
     report = evaluate(key, logits_fn, x, y, {_PGD: _many_steps(threat, steps), **black_box}, threat=threat)
     # On all rows, where `evaluate` attacks the right ones.
     keys, mesh = host_keys(key, len(x)), parallel.data_mesh()
@@ -207,7 +206,7 @@ def overfitting_guard(
     >>> guard = overfitting_guard(jax.random.key(0), net, x, y, attack=attack, threat=threat)  # fit(evaluate=guard)
     """
     suite = {"one step": attack, "pgd": partial(pgd, threat=threat, steps=steps)}
-    x, y = checked_data("overfitting_guard", x, threat), np.asarray(y)
+    x = checked_data("overfitting_guard", x, threat)
     keys, mesh = host_keys(key, len(x)), parallel.data_mesh()
 
     def watch(state: TrainState) -> dict[str, float]:

@@ -90,7 +90,7 @@ def transferability(
     for what, given in (("surrogate", surrogates), ("target", targets), ("attack", attacks)):
         if not given:
             raise ValueError(f"transferability needs at least one {what} by name, got none")
-    x, y = checked_data("transferability", x, threat), np.asarray(y)
+    x = checked_data("transferability", x, threat)
     mesh = parallel.mesh_or_all(mesh)
     keys = host_keys(key, len(x))
 

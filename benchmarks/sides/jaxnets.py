@@ -11,7 +11,7 @@ import optax
 
 import jaxnets as jn
 from benchmarks.networks import Loaded
-from benchmarks.sides import NotOfferedError
+from benchmarks.sides import NORMS, NotOfferedError
 from benchmarks.work import Work
 from jaxnets import attacks, objectives
 from jaxnets.types import Batch
@@ -22,7 +22,7 @@ def make(work: Work, loaded: Loaded) -> Callable[[], Any]:
 
 
 def _threat(work: Work) -> Any:
-    return {"linf": jn.Linf, "l2": jn.L2, "l1": jn.L1}[work.norm](work.epsilon)
+    return getattr(jn, NORMS[work.norm])(work.epsilon)
 
 
 def _attack(work: Work, loaded: Loaded) -> Callable[[], Any]:

@@ -53,15 +53,15 @@ def _compare(examples: Examples, survivors: dict[str, np.ndarray]) -> None:
 
 def _check_stages(examples: Examples, survivors: dict[str, np.ndarray]) -> None:
     """Those of a cascade, without examples of their own: rows can but fall, and the last stage leaves what it does."""
-    left = dict.fromkeys(examples.survived.keys() - survivors.keys())
+    left = examples.survived.keys() - survivors.keys()
     for name, whole in survivors.items():
         stages = [stage for stage in examples.survived if stage in left and stage.startswith(f"{name}: ")]
         before = survivors["clean"]
         for stage in stages:
-            del left[stage]
             if (examples.survived[stage] & ~before).any():
                 raise InvalidExample(f"attack {stage!r}: rows survive it that had fallen before: it was altered")
             before = examples.survived[stage]
+        left -= set(stages)
         if stages and not np.array_equal(before, whole):
             raise InvalidExample(f"attack {name!r}: other rows survive it than its last stage: it was altered")
     if left:

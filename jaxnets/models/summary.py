@@ -1,6 +1,7 @@
 """What a network consists of, found without computing or allocating anything."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ def summary(module: nn.Module, image: tuple[int, ...], depth: int = 1) -> Summar
     params = _flat(variables.get("params", {}))
     statistics = sum(leaf.size for name in variables if name != "params" for leaf in jax.tree.leaves(variables[name]))
     for name in outputs:
-        flops[name] = flops.get(name, 0) + _of_attention(name, outputs)
+        flops[name] += _of_attention(name, outputs)
 
     def within(values: dict[str, int], name: str) -> int:
         return sum(value for other, value in values.items() if f"{other}/".startswith(f"{name}/"))
@@ -95,20 +96,17 @@ def summary(module: nn.Module, image: tuple[int, ...], depth: int = 1) -> Summar
     return Summary(layers, sum(sizes.values()), sum(flops.values()), statistics, activations)
 
 
-def _shapes(
-    module: nn.Module, image: tuple[int, ...]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, int], set[str]]:
-    """The variables; what each layer gives for one image, in the order of the calls; its operations; the idle ones.
-
-    These give back their input.
+def _shapes(module: nn.Module, image: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any], Counter[str], set[str]]:
+    """The variables; by layer what it gives for one image, in the order of the calls, and the operations of its own
+    kernels; and which layers give back their input.
     """
-    order, flops, idle = [], {}, set()
+    order, flops, idle = [], Counter(), set()
 
     def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         out = call(*args, **kwargs)
         if context.method_name == "__call__" and args:
             name = "/".join(context.module.path)
-            flops[name] = flops.get(name, 0) + _flops(context.module, args[0], out)
+            flops[name] += _flops(context.module, args[0], out)
             if out is args[0]:
                 idle.add(name)
         return out

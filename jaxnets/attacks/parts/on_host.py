@@ -77,7 +77,7 @@ def attack_rows(
     keys: HostKeys,
     logits_fn: LogitsFn,
     x: np.ndarray,
-    target: np.ndarray,
+    target: Any,
     *,
     number: int = 0,
     batch_size: int | None,
@@ -95,7 +95,7 @@ def attack_rows(
       number: folded into the keys; 0, 1, ... for attacks that are to draw differently.
       logits_fn: ``x[B, ...] -> logits[B, K]``.
       x: rows ``[N, ...]``.
-      target: classes ``[N]``.
+      target: classes ``[N]``, a list of them too.
       batch_size: rows at once, rounded up to a multiple of the devices; `parallel.rows_at_once` if None.
       mesh: of devices.
       on_rows: told how many rows were done, after each batch.
@@ -107,7 +107,7 @@ def attack_rows(
         raise ValueError(f"batch_size must be at least 1 row, or None, got {batch_size}")
     sharding, counting = parallel.by_rows(mesh), attack and with_queries(attack)
     logits_fn = parallel.replicate(as_pytree(logits_fn), mesh)
-    found, correct = np.array(x), np.zeros(len(x), bool)
+    found, target, correct = np.array(x), np.asarray(target), np.zeros(len(x), bool)
     queries = np.zeros(len(x), np.int64) if counting else None
     for rows, valid in _batches(len(x), batch_size or parallel.rows_at_once(), mesh.size):
         x_batch, target_batch, data = jax.device_put((x[rows], target[rows], keys.data[rows]), sharding)
